@@ -1,0 +1,54 @@
+# What each target does can be read off its lines and typed by hand; everything is installed into .venv.
+
+VENV := .venv
+# The first Python on this machine that the packages run on and that can make an environment.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+RUN := $(VENV)/bin/python
+# More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
+ARGS ?=
+# Where the full MNIST is or goes, for results and overhead.
+DATA ?= data
+
+.PHONY: help setup train test check results overhead lock
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+# uv reads no settings of pip: the package index that pip was told to use is passed on.
+setup:  ## make .venv and install everything, at the versions and checksums of requirements.lock
+	@test -n "$(PYTHON)" || test -x $(RUN) || { echo "Python 3.11, 3.12 or 3.13 with its venv module is needed, and none was found;"\
+		"install one (on Debian: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(RUN) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "$(VENV) was made with a Python that the packages do not run on: delete it and try again"; exit 1; }
+	@$(RUN) -c 'import pip' 2>/dev/null || $(RUN) -m ensurepip
+	@test -x $(VENV)/bin/uv || { sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt && \
+		$(RUN) -m pip install --quiet --require-hashes -r $(VENV)/uv.txt; }
+	@UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(RUN) -m pip config get global.index-url 2>/dev/null)}}"; \
+		if [ -n "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX; else unset UV_DEFAULT_INDEX; fi; \
+		$(VENV)/bin/uv pip install --quiet --python $(RUN) --require-hashes -r requirements.lock
+
+train: setup  ## run the tutorial to its end
+	$(RUN) -m mnist_lit.train $(ARGS)
+
+test: setup  ## run the tests; MNIST_LIT_DATA=FOLDER lets them use the full MNIST
+	$(RUN) -m pytest $(ARGS)
+
+check: setup  ## lint, formatting, types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+results: FOLDER := outputs/results_$(shell date +%Y-%m-%d_%H-%M-%S)
+results: setup  ## train five seeds on the full MNIST (DATA=FOLDER) and write docs/results.md
+	$(RUN) -m mnist_lit.train -m 'seed=range(5)' data.source=mnist data.dir=$(DATA) hydra.sweep.dir=$(FOLDER) $(ARGS)
+	$(RUN) benchmarks/seeds.py $(FOLDER)
+
+overhead: setup  ## time an epoch against a plain PyTorch loop (DATA=FOLDER) and write docs/overhead.md
+	$(RUN) benchmarks/overhead.py $(DATA)
+
+lock: setup  ## renew requirements.lock from pyproject.toml
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url --upgrade pyproject.toml -o requirements.lock

@@ -1,0 +1,175 @@
+"""From YAML files and overrides to checked, plain Python values."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist_lit import Refusal
+from mnist_lit.ranges import RANGES, of_type
+
+# Beside the package in a checkout, inside it once installed.
+CONF = next(path for base in Path(__file__).parents[:2] if (path := base / "conf").is_dir())
+
+# Keys whose values are paths: Hydra's grammar would choke on spaces, =, commas, ~ or umlauts in them.
+PATH_KEYS = ("data.dir", "hydra.run.dir", "hydra.sweep.dir", "source", "target")
+
+# Sections that are arguments of a class: it refuses by itself what it does not know, so they may have more keys.
+CLASS_SECTIONS = ("model", "optimizer", "trainer", "logger")
+
+
+def settings(verb: str, *overrides: str) -> dict[str, Any]:
+    """A verb's configuration as plain values, to call its function with: ``train("folder", **settings("train"))``.
+
+    Args:
+        verb: The name of a file in ``conf/``.
+        overrides: As on the command line: ``"optimizer=sgd"``, ``"optimizer.lr=0.1"``.
+
+    Raises:
+        Refusal: As on the command line.
+    """
+    files = ConfigFiles(verb)
+    with files.errors_as_refusals(overrides):
+        config = files.compose([quoted(override) for override in overrides])
+        return files.checked_values(config, config.hydra.runtime.choices)
+
+
+@dataclass(frozen=True)
+class ConfigFiles:
+    """The files that a configuration is composed from: ``conf/<name>.yaml``, its groups, and a folder of the user's."""
+
+    name: str
+    user_folder: str | None = None
+
+    def compose(self, overrides: Iterable[str]) -> Any:
+        """The configuration as Hydra composes it, with Hydra's own part under ``hydra``."""
+        import hydra
+        from hydra.core.global_hydra import GlobalHydra
+
+        if GlobalHydra.instance().is_initialized():  # inside a job
+            return hydra.compose(self.name, [*overrides], return_hydra_config=True)
+        path = [f"hydra.searchpath=['file://{Path(self.user_folder).absolute()}']"] if self.user_folder else []
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=self.name):
+            return hydra.compose(self.name, [*overrides, *path], return_hydra_config=True)
+
+    def checked_values(self, config: Any, choices: Mapping[str, str | None]) -> dict[str, Any]:
+        """Everything but Hydra's part of a composed configuration, as plain values.
+
+        Args:
+            choices: The file that was chosen of each group.
+
+        Raises:
+            Refusal: A value that must be given is missing, or ``check`` refuses one.
+        """
+        from omegaconf import OmegaConf
+
+        own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        if missing := OmegaConf.missing_keys(own):
+            raise Refusal(f"{', '.join(f'{key}=' for key in sorted(missing))} must be given (--help shows how)")
+        values = _plain(own)
+        check(values, self.defaults(choices))
+        return values
+
+    def defaults(self, choices: Mapping[str, str | None]) -> dict[str, Any]:
+        """The values of the chosen groups without any other change: what keys there are, and of which types."""
+        from omegaconf import OmegaConf
+
+        groups = {group: option for group, option in choices.items() if "hydra" not in group and group != "experiment"}
+        config = self.compose(f"{group}={option}" for group, option in groups.items() if option)
+        return _plain(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+
+    @contextmanager
+    def errors_as_refusals(self, overrides: Iterable[str]) -> Iterator[None]:
+        """In this block what Hydra and OmegaConf have to say about the command line comes out as one sentence."""
+        from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            text = " ".join(str(error).split())
+            if isinstance(error, Refusal) or (
+                type(error) is ValueError and not text.startswith("Config group override")
+            ):
+                raise
+            unknown = re.search(r"Could not (?:override|delete from config\.)[^']*'([^']+)'", text)
+            there = re.search(r"An item is already at '([^']+)'", text)
+            match error:
+                case MissingConfigException(missing_cfg_file=str(path), options=[*options]):
+                    group, _, option = path.rpartition("/")
+                    text = f"{group}={option}: there is no such choice; there are {', '.join(sorted(options))}"
+                case OverrideParseException():
+                    reason = error.message.splitlines()[0]
+                    text = f"cannot read {error.override}: {reason} (a value with = ( ) [ ] or a comma needs quotes)"
+                case _ if there:
+                    text = f"{there[1]} exists: leave out the + before it"
+                case _ if type(error) is ValueError:
+                    text = "a group takes the name of one of its files; for none, leave it out"
+                case _ if unknown:
+                    text = f"unknown key {unknown[1]}{suggestion(unknown[1], self._known_keys(overrides))}"
+            raise Refusal(text) from error
+
+    def _known_keys(self, overrides: Iterable[str]) -> list[str]:
+        from hydra.errors import HydraException
+
+        groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"]
+        pairs = (override.split("=", 1) for override in overrides if "=" in override)
+        try:
+            known = self.defaults({group: option for group, option in pairs if group in groups})
+        except HydraException:  # a choice that does not exist, or several in a sweep
+            known = self.defaults({})
+        return [*flat(known), *groups]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    return {str(key): value for key, value in OmegaConf.to_container(config, resolve=True).items()}  # type: ignore
+
+
+def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Refuse keys that do not exist, and values of a wrong type or out of range.
+
+    Raises:
+        Refusal: Names the key, the value and what is allowed.
+    """
+    known, given = flat(defaults), flat(values)
+    if gone := known.keys() - given.keys():
+        raise Refusal(f"{min(gone)} is needed: it can be changed, but not taken away")
+    for key, value in given.items():
+        if key in known:
+            rule = RANGES.get(key) or of_type(known[key])
+            if not rule.holds(value) and not (value is None and known[key] is None):
+                raise Refusal(f"{key}={value}: must be {rule.allowed}")
+        elif key.split(".")[0] not in CLASS_SECTIONS:
+            raise Refusal(f"unknown key {key}{suggestion(key, known)}")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"data": {"dir": "x"}}`` as ``{"data.dir": "x"}``."""
+    pairs: dict[str, Any] = {}
+    for key, value in values.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return pairs
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """``"; did you mean data.dir?"``, or where to look if nothing known is near."""
+    known = list(known)
+    same_end = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = same_end[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else " (--help shows them all)"
+
+
+def quoted(argument: str) -> str:
+    """``data.dir=a b`` as Hydra's grammar wants it, ``data.dir='a b'``; a leading ~ becomes the home folder."""
+    key, equals, value = argument.partition("=")
+    if not equals or key.lstrip("+") not in PATH_KEYS or re.fullmatch(r"'.*'|\".*\"", value):
+        return argument
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", os.path.expanduser(value))
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)  # backslashes count only before a quote
+    return f"{key}='{escaped}'"

@@ -1,0 +1,146 @@
+"""``MNISTClassifier``: the LightningModule around a network, with its loss, metrics and optimizer."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from mnist_lit import Refusal
+
+TUTORIAL_MODEL = {"network": "mnist_lit.network.TutorialCNN", "dropout": 0.5}
+TUTORIAL_OPTIMIZER = {"name": "Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
+
+SAMPLE_NAME = "mnist-sample"
+UNKNOWN_DATA = {"name": "unknown"}  # what a checkpoint says of training data that do not come from MNISTDataModule
+
+
+class MNISTClassifier(L.LightningModule):
+    """Trains and tests a network that turns images [N, 1, 28, 28] into ten logits; outside it shows probabilities.
+
+    Args:
+        model: The network's class by its dotted name (``network``), and the class's own arguments.
+        optimizer: The optimizer's class in ``torch.optim`` (``name``), and the class's own arguments.
+        Both default to the tutorial's and are saved in checkpoints as plain values.
+
+    Attributes:
+        trained_on: Name, counts and checksum of each data set that the weights have been trained on.
+
+    Raises:
+        Refusal: A class that does not exist, or arguments that it does not take.
+    """
+
+    def __init__(self, model: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        model = dict(TUTORIAL_MODEL if model is None else model)
+        optimizer = dict(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
+        self.save_hyperparameters()
+        self.network: nn.Module = _build(_network_class(model["network"]), "model", _arguments(model, "network"))
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics() for stage in ("train", "val", "test")})
+        self.trained_on: list[dict[str, Any]] = []
+        self.configure_optimizers()  # a wrong argument is refused here, before any work
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probabilities [N, 10] of images [N, 1, 28, 28] with values from 0 to 1."""
+        return self.network(images).softmax(dim=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = self.hparams["optimizer"]
+        cls = getattr(torch.optim, str(optimizer["name"]), None)
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            raise Refusal(f"optimizer.name={optimizer['name']}: torch.optim has no optimizer of that name")
+        return _build(cls, "optimizer", _arguments(optimizer, "name"), self.parameters())
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step("train", batch)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step("test", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def running(self, stage: str) -> dict[str, float]:
+        """Mean loss and accuracy of this process's part of the epoch so far: what a progress bar shows."""
+        loss, acc = self._metrics(stage)
+        # Not compute(): with several processes it waits for the others, and a bar is drawn by one of them only.
+        return {"loss": float(loss.mean_value / loss.weight), "acc": float(acc.tp / (acc.tp + acc.fn))}
+
+    def on_train_start(self) -> None:
+        facts = _facts(self.trainer.train_dataloader)
+        self.trained_on += [] if facts in self.trained_on else [facts]
+
+    def on_test_start(self) -> None:
+        """The sample's test digits are training digits of the full set: a score of its model on them means nothing."""
+        others = [facts["name"] for facts in self.trained_on if facts["name"] != SAMPLE_NAME]
+        if others and _facts(self.trainer.test_dataloaders)["name"] == SAMPLE_NAME:
+            raise Refusal(
+                f"this model was trained on other data than the sample ({', '.join(others)}), and the sample's test "
+                "digits are training digits of the full MNIST: test it on that (data.source=mnist)"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["data"] = self.trained_on
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_on = checkpoint.get("data", [UNKNOWN_DATA])
+
+    def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        logits = self.network(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        loss_metric, acc_metric = self._metrics(stage)
+        loss_metric.update(loss.detach().expand(len(labels)))  # the mean over images, however large the last batch is
+        acc_metric.update(logits.detach(), labels)
+        self.log_dict({f"{stage}/loss": loss_metric, f"{stage}/acc": acc_metric}, on_step=False, on_epoch=True)
+        return loss
+
+    def _metrics(self, stage: str) -> tuple[Any, Any]:
+        group: Any = self.metrics[f"{stage}_metrics"]
+        return group["loss"], group["acc"]
+
+
+def _facts(loaders: Any) -> dict[str, Any]:
+    """What the data set behind a loader, or the first of several, says of itself."""
+    first = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
+    return getattr(getattr(first, "dataset", None), "facts", UNKNOWN_DATA)
+
+
+def _stage_metrics() -> nn.ModuleDict:
+    # "disable": a NaN loss shows as NaN instead of being left out of the mean. torchmetrics 1.9 then ignores the
+    # weights that update() is given, too, so the step gives it the loss once an image.
+    return nn.ModuleDict(
+        {
+            "loss": MeanMetric(nan_strategy="disable"),
+            "acc": MulticlassAccuracy(num_classes=10, average="micro", validate_args=False),
+        }
+    )
+
+
+def _network_class(dotted: str) -> type[nn.Module]:
+    module, _, name = dotted.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Refusal(f"model.network={dotted}: no such class ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise Refusal(f"model.network={dotted}: not a torch.nn.Module")
+    return cls
+
+
+def _arguments(section: Mapping[str, Any], without: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != without}
+
+
+def _build(cls: Callable[..., Any], section: str, arguments: Mapping[str, Any], *first: Any) -> Any:
+    try:
+        return cls(*first, **arguments)
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"{section}: {error}") from error

@@ -1,0 +1,136 @@
+"""Lightning's Trainer from a run's configuration: with its loggers, its refusals, and messages that appear once."""
+
+import logging
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import loggers
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from mnist_lit import Refusal
+from mnist_lit.data import MNISTDataModule
+from mnist_lit.progress import ProgressBar
+
+
+def build_trainer(
+    folder: Path,
+    arguments: dict[str, Any],
+    logger: dict[str, dict[str, Any]] | None,
+    callbacks: list[L.Callback],
+) -> L.Trainer:
+    """A Trainer that writes into ``folder`` and shows a bar on a terminal.
+
+    Args:
+        arguments: Lightning's own.
+        logger: The chosen loggers' names with their own arguments.
+
+    Raises:
+        Refusal: Lightning does not take an argument, or this machine lacks the device or a logger's package.
+    """
+    tidy_messages()
+    shows_bar = arguments["enable_progress_bar"] and sys.stdout.isatty()
+    try:
+        trainer = L.Trainer(
+            **{**arguments, "enable_progress_bar": shows_bar, "enable_model_summary": False},
+            callbacks=[*callbacks, ProgressBar()] if shows_bar else callbacks,
+            logger=[_logger(name, folder, options) for name, options in (logger or {}).items()],
+            default_root_dir=folder,
+            use_distributed_sampler=False,  # the loaders share a batch out among the processes themselves
+        )
+    except (MisconfigurationException, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, Refusal):
+            raise
+        raise Refusal(_sentence(arguments, error)) from error
+    cores = os.cpu_count() or 1
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
+        raise Refusal(f"trainer.devices={arguments['devices']}: this machine has {cores} CPU cores to share out")
+    return trainer
+
+
+def check_batches(trainer: L.Trainer, data: MNISTDataModule, arguments: dict[str, Any]) -> None:
+    """Refuse what Lightning would find out in the middle of a run, or not at all, now that the data are known.
+
+    Raises:
+        Refusal: A share of the batches that is none, a validation after more batches than there are, or a batch that
+            the processes cannot share equally.
+    """
+    facts, processes = data.facts, trainer.world_size
+    for stage in ("train", "val", "test"):
+        batches, limit = math.ceil(facts[stage] / data.batch_size), arguments[f"limit_{stage}_batches"]
+        if isinstance(limit, float) and batches and int(batches * limit) == 0 < limit:
+            raise Refusal(f"trainer.limit_{stage}_batches={limit}: of {batches} batches that is not one")
+    batches, interval = math.ceil(facts["train"] / data.batch_size), arguments["val_check_interval"]
+    if isinstance(interval, int) and interval > batches and arguments["check_val_every_n_epoch"] is not None:
+        raise Refusal(f"trainer.val_check_interval={interval}: an epoch has only {batches} batches")
+    if data.batch_size % processes or facts["train"] % data.batch_size % processes:
+        raise Refusal(
+            f"data.batch_size={data.batch_size}: each batch of the {facts['train']:,} training images, the last one "
+            f"too, must divide equally among the {processes} processes"
+        )
+
+
+def last_checkpoint(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+    )
+
+
+def best_checkpoint(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder / "checkpoints", filename="best", monitor="val/acc", mode="max", enable_version_counter=False
+    )
+
+
+def device_name(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def tidy_messages() -> None:
+    """Every message of Lightning's once, on the terminal and in the run's log; those that say nothing, never."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are ready in memory
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")  # no validation split
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning 2.6 with torch 2.15
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
+    if logging.getLogger().hasHandlers():  # set up by Hydra; Lightning's own handlers would say it a second time
+        logging.captureWarnings(True)
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("\N{ELECTRIC LIGHT BULB} Tip")
+
+
+def _logger(name: str, folder: Path, options: dict[str, Any]) -> Any:
+    try:
+        match name:
+            case "csv":
+                return loggers.CSVLogger(folder, name="csv", version="", **options)
+            case "tensorboard":
+                return loggers.TensorBoardLogger(folder, name="tensorboard", version="", **options)
+            case "wandb":
+                return loggers.WandbLogger(save_dir=folder, **options)
+            case "mlflow":
+                return loggers.MLFlowLogger(save_dir=str(folder / "mlflow"), **options)
+    except ModuleNotFoundError as error:
+        raise Refusal(f"logger={name} needs a package that is not installed: pip install {name}") from error
+    raise Refusal(f"logger={name}: choose csv, tensorboard, wandb or mlflow")
+
+
+def _sentence(arguments: dict[str, Any], error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if arguments["accelerator"] in ("auto", "cpu"):
+        return f"trainer: {reason}"
+    asked = f"trainer.accelerator={arguments['accelerator']} trainer.devices={arguments['devices']}"
+    return f"{asked} is more than this machine has; trainer.accelerator=auto takes what there is ({reason})"

@@ -1,0 +1,216 @@
+"""Whole commands, as a user types them."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+QUICK = ["data.source=sample", "trainer.accelerator=cpu", "trainer.fast_dev_run=2"]
+
+
+def command(*arguments: str, cwd: Path, module: str = "mnist_lit.train") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_fast_dev_run_ends_with_the_tutorials_two_lines_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    done = command(*QUICK, "hydra.run.dir=Läufe, seed=1 (neu)/a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"loss= \d+\.\d+\naccuracy= [01]\.\d+", "\n".join(done.stdout.splitlines()[-2:]))
+    assert "\r" not in done.stdout + done.stderr  # a pipe gets lines, no bar
+    folder = tmp_path / "Läufe, seed=1 (neu)" / "a"
+    assert json.loads((folder / "metrics.json").read_text())["data"]["name"] == "mnist-sample"
+    log = (folder / "train.log").read_text()
+    assert log.count("lightning.pytorch") >= 1 and "1,045,576 parameters" in log
+    for message in (
+        "epoch 1/1",
+        "`Trainer.fit` stopped",
+    ):  # ours and Lightning's: once on the terminal, once in the log
+        assert (done.stdout + done.stderr).count(message) == 1 and log.count(message) == 1
+
+    again = command(*QUICK, "hydra.run.dir=Läufe, seed=1 (neu)/a", cwd=tmp_path)
+    assert again.returncode == 1
+    assert again.stderr == "train: Läufe, seed=1 (neu)/a holds a run already: choose another hydra.run.dir\n"
+
+
+def test_full_data_from_the_command_line(full_data_dir: str, tmp_path: Path) -> None:
+    done = command(f"data.dir={full_data_dir}", "trainer.fast_dev_run=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert json.loads((folder / "metrics.json").read_text())["data"]["name"] == "mnist"
+
+
+def test_a_sweep_makes_a_folder_for_each_job_and_a_refused_one_does_not_stop_the_others(tmp_path: Path) -> None:
+    done = command("-m", *QUICK, "data.val_size=4000,10,-1,20", "hydra.sweep.dir=s", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("train: data.val_size=4000: must be from 0 to 3999")
+    assert "refused: data.val_size=-1: must be a whole number" in done.stdout
+    assert "refused: data.val_size=4000" in (tmp_path / "s" / "0" / "train.log").read_text()
+    assert "Traceback" not in done.stderr
+    results = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("s/*/metrics.json")}
+    assert {name: result["data"]["val"] for name, result in results.items()} == {"1": 10, "3": 20}
+
+
+def test_a_run_that_is_refused_late_leaves_no_folder(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = command("data.source=sample", "trainer.accelerator=gpu", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train:"))
+    assert line.startswith("train: trainer.accelerator=gpu trainer.devices=1 is more than this machine has")
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_two_runs_of_the_same_second_get_two_folders(tmp_path: Path) -> None:
+    from mnist_lit.runs import claim
+
+    folders = [claim(tmp_path / "outputs" / "2026-01-01_00-00-00") for _ in range(3)]
+    assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
+
+
+def test_a_terminal_gets_a_bar_with_loss_and_accuracy(tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 100))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mnist_lit.train", *QUICK[:2], "data.batch_size=100", "trainer.max_epochs=1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            if not (part := os.read(master, 4096)):
+                break
+        except OSError:  # how Linux says that the other end is closed
+            break
+        shown += part
+    os.close(master)
+    text = shown.decode()
+    assert process.wait() == 0, text
+    assert re.search(r"\repoch 1/1: .*\d+/40 .*loss=\d\.\d{4}, acc=\d\.\d{4}", text), text
+    assert len(re.findall(r"^epoch 1/1  train/loss", text.replace("\r", "\n"), re.MULTILINE)) == 1
+
+
+def test_two_processes_train_as_one_does_and_count_every_test_image_once(tmp_path: Path) -> None:
+    results = {}
+    for devices in (1, 2):
+        done = command(
+            "data.source=sample",
+            "data.batch_size=300",
+            "model.dropout=0",  # each process would draw its own
+            "optimizer=sgd",
+            "trainer.accelerator=cpu",
+            f"trainer.devices={devices}",
+            "trainer.max_epochs=1",
+            "trainer.limit_train_batches=5",
+            f"hydra.run.dir={devices}",
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("accuracy=") == 1
+        results[devices] = json.loads((tmp_path / str(devices) / "metrics.json").read_text())
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1", "2"]
+    for key in ("train/loss", "train/acc", "test/loss"):
+        assert results[2][key] == pytest.approx(results[1][key], rel=1e-4), key
+    assert results[2]["test/acc"] == pytest.approx(results[1]["test/acc"], abs=1.5e-3)
+
+
+def test_several_processes_in_a_sweep_are_refused(tmp_path: Path) -> None:
+    done = command("-m", "data.source=sample", "trainer.devices=2,auto", "seed=0,1", "hydra.sweep.dir=s", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stdout.count("refused: a sweep (-m) cannot start several processes") == 4
+    assert done.stderr.splitlines()[-1].startswith("train: a sweep (-m) cannot start several processes")
+
+
+def test_folders_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for arguments in (["hydra.run.dir=file"], ["hydra.run.dir=file/run"], ["-m", "seed=0,1", "hydra.sweep.dir=file"]):
+        done = command("data.source=sample", *arguments, cwd=tmp_path)
+        assert done.returncode == 1
+        assert re.fullmatch(r"train: cannot make the folder file.*: .*\n", done.stderr), done.stderr
+
+
+def test_convert_as_a_command(finished_run: Path, tmp_path: Path) -> None:
+    source = finished_run / "checkpoints" / "last.ckpt"
+    done = command(f"source={source}", "target=a model, 1.keras", cwd=tmp_path, module="mnist_lit.convert")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a model, 1.keras"]
+    refused = command("source=no.keras", "target=model.ckpt", cwd=tmp_path, module="mnist_lit.convert")
+    assert (refused.returncode, refused.stderr) == (1, "convert: source=no.keras: there is no such file\n")
+
+
+def test_the_wheel_carries_conf_and_its_command_runs_from_any_folder(tmp_path: Path) -> None:
+    """Built and installed without the network, into an environment that sees the packages of this one."""
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-build-isolation",
+            "--no-deps",
+            "-w",
+            tmp_path,
+            _clean_copy(tmp_path),
+        ],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel], check=True
+    )
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    packages = {str(Path(module.__file__).parents[1]) for module in (torch, pytest) if module.__file__}
+    (site / "packages_of_the_test.pth").write_text("\n".join(packages))
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [tmp_path / "venv" / "bin" / "mnist-lit-train", *QUICK],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in elsewhere.iterdir()] == ["outputs"]
+    for verb in ("train", "convert"):
+        shown = subprocess.check_output(
+            [tmp_path / "venv" / "bin" / f"mnist-lit-{verb}", "--help"], cwd=elsewhere, env=environment
+        )
+        assert b"#" in shown
+
+
+def _clean_copy(folder: Path) -> Path:
+    """The project's sources without what a build would leave in the checkout."""
+    import shutil
+
+    copy = folder / "sources"
+    copy.mkdir()
+    for name in ("mnist_lit", "conf"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy

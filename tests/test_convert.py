@@ -1,0 +1,180 @@
+"""Proof against Keras itself: the same network, the same optimizer, the same initial weights; and conversion."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+from mnist_lit import Refusal
+from mnist_lit.convert import convert, from_keras, keras_tutorial, load_checkpoint, to_keras
+from mnist_lit.model import MNISTClassifier
+
+FORMATS = ["channels_last", "channels_first"]
+
+
+@pytest.fixture(autouse=True)
+def keras_seed() -> None:
+    keras.utils.set_random_seed(7)
+
+
+def images_for(keras_model: Any, images: torch.Tensor) -> np.ndarray:
+    """[N, 1, 28, 28] in the layout that the Keras model takes."""
+    return images.numpy().reshape(len(images), *keras_model.input_shape[1:])
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_same_weights_give_the_same_probabilities(data_format: str, sample) -> None:
+    keras_model = keras_tutorial(data_format)
+    # Fresh weights give nearly uniform probabilities, in which a wrong order would hardly show: make them speak.
+    keras_model.set_weights([weights * 3 for weights in keras_model.get_weights()])
+    images, _ = next(iter(sample.test_dataloader()))
+    theirs = keras_model.predict(images_for(keras_model, images), verbose=0)
+    with torch.no_grad():
+        ours = from_keras(keras_model).eval()(images).numpy()
+    assert theirs.std(axis=0).max() > 0.01
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_twenty_steps_of_adadelta_are_keras_own(sample) -> None:
+    keras_model = keras_tutorial(dropout=0.0)
+    keras_model.compile(
+        optimizer=keras.optimizers.Adadelta(learning_rate=1.0, rho=0.95, epsilon=1e-7),
+        loss=keras.losses.categorical_crossentropy,
+    )
+    classifier = from_keras(keras_model).train()
+    optimizer = classifier.configure_optimizers()
+    batches = itertools.islice(itertools.cycle(sample.train_dataloader()), 20)
+    for step, (images, labels) in enumerate(batches):
+        one_hot = keras.utils.to_categorical(labels.numpy(), 10)
+        their_loss = keras_model.train_on_batch(images_for(keras_model, images), one_hot)
+        loss = classifier.training_step((images, labels), step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert loss.item() == pytest.approx(float(their_loss), rel=1e-5), f"step {step}"
+    theirs = from_keras(keras_model).network.state_dict()
+    for name, weights in classifier.network.state_dict().items():
+        torch.testing.assert_close(weights, theirs[name], rtol=0, atol=1e-4)
+
+
+def test_initial_weights_follow_keras_distributions() -> None:
+    torch.manual_seed(0)
+    ours = dict(MNISTClassifier().network.named_parameters())
+    theirs = dict(from_keras(keras_tutorial()).network.named_parameters())
+    fans = {"conv1": 9 + 9 * 32, "conv2": 9 * 32 + 9 * 64, "dense1": 4096 + 250, "dense2": 250 + 10}
+    for name, fan_sum in fans.items():
+        bound = (6 / fan_sum) ** 0.5
+        for weights in (ours[f"{name}.weight"], theirs[f"{name}.weight"]):
+            count = weights.numel()
+            deviation = bound / 3**0.5
+            assert 0.97 * bound < weights.abs().max() <= bound
+            assert abs(weights.mean()) < 4 * deviation / count**0.5
+            # the variance of the mean square of a uniform variable is 4/45 of the bound to the fourth, over the count
+            assert abs((weights**2).mean() - deviation**2) < 4 * (4 / 45 / count) ** 0.5 * bound**2
+        assert not ours[f"{name}.bias"].any() and not theirs[f"{name}.bias"].any()
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_a_keras_file_goes_to_a_checkpoint_and_back_bit_for_bit(data_format: str, tmp_path: Path) -> None:
+    original = keras_tutorial(data_format, dropout=0.25)
+    original.save(tmp_path / "model.keras")
+    convert(str(tmp_path / "model.keras"), str(tmp_path / "model.ckpt"))
+    convert(str(tmp_path / "model.ckpt"), str(tmp_path / "back.keras"), data_format=data_format)
+    back = keras.saving.load_model(tmp_path / "back.keras")
+    for ours, theirs in zip(back.get_weights(), original.get_weights(), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert back.layers[4].rate == 0.25
+    assert back.input_shape == original.input_shape
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.keras", "model.ckpt", "model.keras"]
+
+
+def test_a_runs_checkpoint_goes_to_keras_and_back_bit_for_bit(finished_run: Path, tmp_path: Path) -> None:
+    source = finished_run / "checkpoints" / "last.ckpt"
+    convert(str(source), str(tmp_path / "model.keras"))
+    convert(str(tmp_path / "model.keras"), str(tmp_path / "model.ckpt"))
+    original, back = (
+        MNISTClassifier.load_from_checkpoint(source),
+        MNISTClassifier.load_from_checkpoint(tmp_path / "model.ckpt"),
+    )
+    for name, weights in original.network.state_dict().items():
+        assert torch.equal(weights, back.network.state_dict()[name])
+    assert back.trained_on == [{"name": "unknown"}]
+
+
+def test_a_model_whose_flatten_keeps_the_channels_first_is_converted_too(tmp_path: Path) -> None:
+    layers = keras.layers
+    first = {"data_format": "channels_first"}
+    keras_model = keras.Sequential(
+        [
+            keras.Input((1, 28, 28)),
+            layers.Conv2D(32, 3, activation="relu", **first),
+            layers.Conv2D(64, 3, activation="relu", **first),
+            layers.MaxPooling2D(3, **first),
+            layers.Dropout(0.5),
+            layers.Flatten(data_format="channels_last"),
+            layers.Dense(250, activation="sigmoid"),
+            layers.Dense(10, activation="softmax"),
+        ]
+    )
+    from_keras(keras_model)  # compares the probabilities itself
+
+
+def test_a_wrong_flatten_order_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    keras_model = keras_tutorial()
+    keras_model.set_weights([weights * 3 for weights in keras_model.get_weights()])
+    monkeypatch.setattr("mnist_lit.convert._flatten_order", lambda model: np.arange(4096))
+    with pytest.raises(Refusal, match="probabilities that differ"):
+        from_keras(keras_model)
+
+
+def changed(position: int, layer: Any) -> Any:
+    """The tutorial's Keras model with one layer replaced, or left out."""
+    replaced = [*keras_tutorial().layers]
+    replaced[position : position + 1] = [layer] if layer else []
+    return keras.Sequential(
+        [keras.Input((28, 28, 1)), *(type(old).from_config(old.get_config()) for old in replaced[1:])]
+    )
+
+
+@pytest.mark.parametrize(
+    ("position", "layer", "difference"),
+    [
+        (6, keras.layers.Dense(128, activation="sigmoid"), "this project's dense1.* has units=128 instead of 250"),
+        (6, keras.layers.Dense(250, activation="relu"), "dense1.* has activation=relu instead of sigmoid"),
+        (2, keras.layers.Conv2D(64, 5, activation="relu"), r"conv2.* has kernel_size=\(5, 5\) instead of \(3, 3\)"),
+        (3, keras.layers.MaxPooling2D(2), r"pool.* has pool_size=\(2, 2\) instead of \(3, 3\)"),
+        (4, None, "the layers are Conv2D, Conv2D, MaxPooling2D, Flatten, Dense, Dense instead of"),
+    ],
+)
+def test_another_architecture_is_refused_with_the_difference(
+    position: int, layer: Any, difference: str, tmp_path: Path
+) -> None:
+    changed(position, layer).save(tmp_path / "other.keras")
+    with pytest.raises(Refusal, match=difference):
+        convert(str(tmp_path / "other.keras"), str(tmp_path / "model.ckpt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["other.keras"]
+
+
+def test_files_that_cannot_be_converted_are_refused(finished_run: Path, tmp_path: Path) -> None:
+    checkpoint = str(finished_run / "checkpoints" / "last.ckpt")
+    for name in ("empty.keras", "empty.ckpt", "text.keras", "text.ckpt"):
+        (tmp_path / name).write_text("" if "empty" in name else "this is not a model")
+    for source, target, sentence in (
+        (checkpoint, str(tmp_path / "model.onnx"), "one must end in .keras"),
+        (str(tmp_path / "no.keras"), str(tmp_path / "model.ckpt"), "there is no such file"),
+        (checkpoint, str(tmp_path / "empty.keras"), "exists already"),
+        (checkpoint, str(tmp_path / "nowhere" / "model.keras"), "there is no folder"),
+        (str(tmp_path / "empty.keras"), str(tmp_path / "model.ckpt"), "Keras cannot read it"),
+        (str(tmp_path / "text.keras"), str(tmp_path / "model.ckpt"), "Keras cannot read it"),
+        (str(tmp_path / "empty.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
+        (str(tmp_path / "text.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
+    ):
+        with pytest.raises(Refusal, match=sentence):
+            convert(source, target)
+    assert len(list(tmp_path.iterdir())) == 4
+    convert(checkpoint, str(tmp_path / "empty.keras"), overwrite=True)
+    assert to_keras(load_checkpoint(Path(checkpoint))).count_params() == 1_045_576

@@ -1,0 +1,40 @@
+"""The documents' examples, run as they stand."""
+
+import json
+import re
+from pathlib import Path
+
+from conftest import ROOT
+from test_commands import QUICK, command
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_another_network_is_one_class_and_one_yaml_file(tmp_path: Path) -> None:
+    (module,) = blocks("docs/another-network.md", "python")
+    (config,) = blocks("docs/another-network.md", "yaml")
+    (line,) = blocks("docs/another-network.md", "bash")
+    (tmp_path / "my_networks.py").write_text(module)
+    (tmp_path / "my_conf" / "model").mkdir(parents=True)
+    (tmp_path / "my_conf" / "model" / "perceptron.yaml").write_text(config)
+    arguments = line.strip().removeprefix("python -m mnist_lit.train ").split()
+    done = command(*arguments, *QUICK, "--config-dir", "my_conf", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test/loss"] < 5
+    assert "203,530 parameters" in done.stdout  # 784 x 256 + 256 + 256 x 10 + 10
+
+    wrong = command("model=perceptron", "model.hiden=3", "--config-dir", "my_conf", cwd=tmp_path)
+    assert wrong.stderr == "train: unknown key model.hiden; did you mean model.hidden?\n"
+
+
+def test_the_readmes_lines_for_a_notebook_run(monkeypatch, tmp_path: Path) -> None:
+    (code,) = blocks("README.md", "python")
+    monkeypatch.chdir(tmp_path)
+    quick = code.replace("max_epochs=12", "fast_dev_run=True, accelerator='cpu'").replace(
+        'MNISTDataModule("data")', "MNISTDataModule(source='sample')"
+    )
+    names: dict[str, object] = {}
+    exec(quick, names)
+    assert abs(names["probabilities"][0].sum(dim=1) - 1).max() < 1e-5  # type: ignore[index]

