@@ -117,7 +117,8 @@ def _table(results: dict[str, Any], folder: Path) -> str:
     count, seconds = results["epochs"], results["fit_seconds"]
     lines.append(f"{count} epoch{'s' * (count > 1)} in {seconds:.0f} s on {results['device']}")
     data = results["data"]["name"]
-    lines.append(f"data: {data}{'' if data == 'mnist' else ', NOT THE FULL MNIST'}; everything is in {folder}")
+    where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    lines.append(f"data: {data}{'' if data == 'mnist' else ', NOT THE FULL MNIST'}; everything is in {where}")
     return "\n".join(lines)
 
 
