@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ SAMPLE_WARNING = """\
   NOT THE FULL MNIST. This run uses the sample: 5,000 MNIST digits, 4,000 to
   train on, 1,000 to test. Expect an accuracy of about 0.90 instead of 0.99.
 
-  Why: %s
+%s
 ==============================================================================\
 """
 
@@ -56,13 +57,17 @@ class MNISTDataModule(L.LightningDataModule):
         self.facts: dict[str, Any] = {}  # name, counts and checksum of the data, once they are set up
 
     def prepare_data(self) -> None:
-        if self.source != "sample":
-            try:
-                fetch_missing_files(self.dir / "MNIST" / "raw")
-            except NotAvailableError as error:
-                if self.source == "mnist":
-                    raise Refusal(str(error)) from error
-                log.warning(SAMPLE_WARNING, error)
+        if self.facts or self.source == "sample":  # Lightning asks before each of fit, test and predict
+            return
+        try:
+            fetch_missing_files(self.dir / "MNIST" / "raw")
+        except NotAvailableError as error:
+            if self.source == "mnist":
+                raise Refusal(str(error)) from error
+            why = textwrap.fill(
+                f"Why: {error}", 76, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+            )
+            log.warning(SAMPLE_WARNING, why)
 
     def setup(self, stage: str | None = None) -> None:
         if self.facts:
