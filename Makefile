@@ -1,9 +1,11 @@
 # What each target does can be read off its lines and typed by hand; everything is installed into .venv.
 
 VENV := .venv
-# The first Python on this machine that the packages run on and that can make an environment.
+# Succeeds under a Python that the packages run on and that can make an environment.
+FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The first such Python on this machine.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 RUN := $(VENV)/bin/python
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
@@ -18,17 +20,18 @@ help:  ## list the targets
 
 # uv reads no settings of pip: the package index that pip was told to use is passed on.
 setup:  ## make .venv and install everything, at the versions and checksums of requirements.lock
-	@test -n "$(PYTHON)" || test -x $(RUN) || { echo "Python 3.11, 3.12 or 3.13 with its venv module is needed, and none was found;"\
-		"install one (on Debian: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -c '$(FITS)' 2>/dev/null || { \
+		echo "Python 3.11, 3.12 or 3.13 with its venv module is needed, and this is none: '$(PYTHON)'. Install one"; \
+		echo "(on Debian: apt install python3 python3-venv) or name it: make setup PYTHON=/path/to/python3"; exit 1; }
 	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	@$(RUN) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	@$(RUN) -c '$(FITS)' || \
 		{ echo "$(VENV) was made with a Python that the packages do not run on: delete it and try again"; exit 1; }
 	@$(RUN) -c 'import pip' 2>/dev/null || $(RUN) -m ensurepip
 	@test -x $(VENV)/bin/uv || { sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt && \
 		$(RUN) -m pip install --quiet --require-hashes -r $(VENV)/uv.txt; }
 	@UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(RUN) -m pip config get global.index-url 2>/dev/null)}}"; \
 		if [ -n "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX; else unset UV_DEFAULT_INDEX; fi; \
-		$(VENV)/bin/uv pip install --quiet --python $(RUN) --require-hashes -r requirements.lock
+		$(VENV)/bin/uv pip install --python $(RUN) --require-hashes -r requirements.lock
 
 train: setup  ## run the tutorial to its end
 	$(RUN) -m mnist_lit.train $(ARGS)

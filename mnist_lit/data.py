@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mnist_lit import Refusal
-from mnist_lit.mnist_files import NotAvailableError, fetch_missing_files, missing_files, read_mnist, read_sample, sha256
+from mnist_lit.mnist_files import (
+    MNIST_NAME,
+    SAMPLE_NAME,
+    NotAvailableError,
+    fetch_missing_files,
+    missing_files,
+    read_mnist,
+    read_sample,
+    sha256,
+)
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +83,9 @@ class MNISTDataModule(L.LightningDataModule):
             return
         raw = self.dir / "MNIST" / "raw"
         if self.source == "sample" or (self.source == "auto" and missing_files(raw)):
-            name, arrays = "mnist-sample", read_sample()
+            name, arrays = SAMPLE_NAME, read_sample()
         else:
-            name, arrays = "mnist", read_mnist(raw)
+            name, arrays = MNIST_NAME, read_mnist(raw)
         train_images, train_labels, self.test_images, self.test_labels = arrays
         if not 0 <= self.val_size < len(train_labels):
             raise Refusal(

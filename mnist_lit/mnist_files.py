@@ -23,6 +23,8 @@ from tqdm import tqdm
 from mnist_lit import Refusal
 from mnist_lit.files import appears_whole
 
+MNIST_NAME, SAMPLE_NAME = "mnist", "mnist-sample"  # as everything that a run writes calls them
+
 # sha256 of the four raw files (torchvision checks only the compressed ones, and only while it downloads).
 RAW_FILES = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",

@@ -105,6 +105,8 @@ def train(
 
 
 def _table(results: dict[str, Any], folder: Path) -> str:
+    from mnist_lit.mnist_files import SAMPLE_NAME
+
     rows = [
         ("train, last epoch", "train"),
         ("validation", "val"),
@@ -118,7 +120,7 @@ def _table(results: dict[str, Any], folder: Path) -> str:
     lines.append(f"{count} epoch{'s' * (count > 1)} in {seconds:.0f} s on {results['device']}")
     data = results["data"]["name"]
     where = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    lines.append(f"data: {data}{'' if data == 'mnist' else ', NOT THE FULL MNIST'}; everything is in {where}")
+    lines.append(f"data: {data}{', NOT THE FULL MNIST' if data == SAMPLE_NAME else ''}; everything is in {where}")
     return "\n".join(lines)
 
 
