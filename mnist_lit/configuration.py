@@ -85,12 +85,13 @@ class ConfigFiles:
     @contextmanager
     def errors_as_refusals(self, overrides: Iterable[str]) -> Iterator[None]:
         """In this block what Hydra and OmegaConf have to say about the command line comes out as one sentence."""
+        import yaml
         from hydra.errors import HydraException, MissingConfigException, OverrideParseException
         from omegaconf.errors import OmegaConfBaseException
 
         try:
             yield
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             text = " ".join(str(error).split())
             if isinstance(error, Refusal) or (
                 type(error) is ValueError and not text.startswith("Config group override")
@@ -102,6 +103,12 @@ class ConfigFiles:
                 case MissingConfigException(missing_cfg_file=str(path), options=[*options]):
                     group, _, option = path.rpartition("/")
                     text = f"{group}={option}: there is no such choice; there are {', '.join(sorted(options))}"
+                case yaml.YAMLError():
+                    text = f"a YAML file cannot be read: {text}"
+                case OverrideParseException() if "=" not in error.override:
+                    text = f"cannot read {error.override}: arguments are KEY=VALUE (--help shows the keys)"
+                case _ if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
+                    text = f"{ambiguous[1]}: several values are a sweep, which needs -m"
                 case OverrideParseException():
                     reason = error.message.splitlines()[0]
                     text = f"cannot read {error.override}: {reason} (a value with = ( ) [ ] or a comma needs quotes)"
@@ -159,10 +166,14 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def suggestion(key: str, known: Iterable[str]) -> str:
     """``"; did you mean data.dir?"``, or where to look if nothing known is near."""
-    known = list(known)
-    same_end = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = same_end[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else " (--help shows them all)"
+    section, _, name = key.rpartition(".")
+
+    def likeness(other: str) -> tuple[float, bool]:
+        other_section, _, other_name = other.rpartition(".")
+        return difflib.SequenceMatcher(None, name, other_name).ratio(), section == other_section
+
+    nearest = max(known, key=likeness)
+    return f"; did you mean {nearest}?" if likeness(nearest)[0] > 0.6 else " (--help shows them all)"
 
 
 def quoted(argument: str) -> str:

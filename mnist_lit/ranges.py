@@ -73,6 +73,7 @@ DEVICES = Rule(
 
 RANGES = {
     "seed": whole(0, 2**32 - 1),
+    "data.dir": Rule("the name of a folder", lambda v: isinstance(v, str) and v != ""),
     "data.source": one_of("auto", "mnist", "sample"),
     "data.batch_size": whole(1),
     "data.val_size": whole(0, 59_999),

@@ -62,6 +62,10 @@ class RunRecorder(L.Callback):
             log.info("%s  %s  %.1f s", epoch_name(trainer), "  ".join(parts), self._seconds)
             self._write(trainer, row)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero and trainer.training:
+            log.warning("stopped in %s; what there is so far is in %s", epoch_name(trainer), self.path.parent)
+
     def _pause(self, trainer: L.Trainer) -> None:
         if self._started is not None:
             self._seconds += _now(trainer) - self._started

@@ -26,6 +26,7 @@ def learning_curve(history: list[dict[str, Any]], results: dict[str, Any], path:
         test = results[f"test/{key}"]
         axes.axhline(test, color="black", ls=":", label=f"test, {results['tested_weights']} weights: {test:.4f}")
         axes.set(title=title, xlabel="epoch")
+        axes.set_xlim(0.5, epochs[-1] + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()

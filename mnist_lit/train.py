@@ -64,7 +64,7 @@ def train(
         log.info("%s\n%s parameters", classifier.network, f"{sum(p.numel() for p in classifier.parameters()):,}")
     counts = [f"{datamodule.facts[key]:,}" for key in ("train", "val", "test")]
     name, checksum = datamodule.facts["name"], datamodule.facts["sha256"]
-    log.info("data: %s, %s images to train on, %s to validate, %s to test, sha256 %s", name, *counts, checksum)
+    log.info("data: %s, %s images to train on, %s to validate, %s to test, sha256 %s", name, *counts, checksum[:16])
     for each in lightning_trainer.loggers:
         each.log_hyperparams({"data": name, "data_sha256": checksum, "seed": seed})
 

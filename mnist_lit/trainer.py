@@ -98,6 +98,7 @@ def device_name(trainer: L.Trainer) -> str:
 def tidy_messages() -> None:
     """Every message of Lightning's once, on the terminal and in the run's log; those that say nothing, never."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are ready in memory
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # the model logs by epoch
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")  # no validation split
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning 2.6 with torch 2.15
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)

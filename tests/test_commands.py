@@ -68,11 +68,15 @@ def test_a_sweep_makes_a_folder_for_each_job_and_a_refused_one_does_not_stop_the
 def test_a_run_that_is_refused_late_leaves_no_folder(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    done = command("data.source=sample", "trainer.accelerator=gpu", cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train:"))
-    assert line.startswith("train: trainer.accelerator=gpu trainer.devices=1 is more than this machine has")
-    assert list((tmp_path / "outputs").iterdir()) == []
+    for arguments, sentence in (
+        (["trainer.accelerator=gpu"], "train: trainer.accelerator=gpu"),
+        (["data.val_size=4000"], "train: data.val_size=4000: must be from 0 to 3999"),
+    ):
+        done = command("data.source=sample", *arguments, cwd=tmp_path)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(sentence)
+        assert not (tmp_path / "outputs").exists() or list((tmp_path / "outputs").iterdir()) == []
 
 
 def test_two_runs_of_the_same_second_get_two_folders(tmp_path: Path) -> None:
@@ -145,6 +149,7 @@ def test_folders_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
         done = command("data.source=sample", *arguments, cwd=tmp_path)
         assert done.returncode == 1
         assert re.fullmatch(r"train: cannot make the folder file.*: .*\n", done.stderr), done.stderr
+    assert command("hydra.run.dir=", cwd=tmp_path).stderr.startswith("train: hydra.run.dir= is empty")
 
 
 def test_convert_as_a_command(finished_run: Path, tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ REFUSALS = [
     ("+qqq=1", "unknown key qqq (--help shows them all)"),
     ("optimizer=sgdd", "optimizer=sgdd: there is no such choice; there are adadelta, adam, adamw"),
     ("experiment=none", "experiment=none: there is no such choice; there are adam, validated"),
-    ("optimizer=sgd optimizer.rho=0.9", "unknown key optimizer.rho"),
+    ("optimizer=sgd optimizer.rho=0.9", "unknown key optimizer.rho (--help shows them all)"),
+    ("epochs=3", "unknown key epochs; did you mean trainer.max_epochs?"),
+    ("seed=0,1", "seed=0,1: several values are a sweep, which needs -m"),
+    ("data.dir=", "data.dir=: must be the name of a folder"),
     ("seed=-1", "seed=-1: must be a whole number from 0 to 4294967295"),
     ("seed=one", "seed=one: must be a whole number"),
     ("seed=null", "seed=None: must be a whole number"),
@@ -51,8 +54,8 @@ REFUSALS = [
     ("~sed", "unknown key sed; did you mean seed?"),
     ("trainer=5", "trainer.accelerator is needed"),
     ("trainer.max_time=60", "trainer.max_time=60: must be DD:HH:MM:SS, such as 00:01:30:00"),
-    ("optimizer=sgd,adam optimizer.lrr=1", "Ambiguous value"),
-    ("data.dir", "cannot read data.dir"),
+    ("optimizer=sgd,adam optimizer.lrr=1", "optimizer=sgd,adam: several values are a sweep, which needs -m"),
+    ("data.dir", "cannot read data.dir: arguments are KEY=VALUE (--help shows the keys)"),
     ("seed=1=2", "cannot read seed=1=2"),
 ]
 

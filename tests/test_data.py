@@ -63,6 +63,7 @@ def test_processes_share_each_batch_so_that_every_image_counts_once(processes: i
 def test_split_is_stratified_fixed_and_from_the_training_images_only() -> None:
     splits = [MNISTDataModule(source="sample", val_size=400, seed=seed) for seed in (0, 1)]
     for data in splits:
+        torch.manual_seed(data.seed)
         data.setup()
     one, other = splits
     assert torch.equal(one.val_images, other.val_images)

