@@ -46,7 +46,7 @@ def convert(source: str, target: str, data_format: str = "channels_last", overwr
     try:
         import keras  # noqa: F401
     except ModuleNotFoundError as error:
-        raise Refusal("convert needs Keras: pip install keras h5py") from error
+        raise Refusal("convert needs Keras: pip install keras") from error
     from mnist_lit.files import appears_whole
 
     with appears_whole(target_path) as temporary:
