@@ -1,11 +1,11 @@
 # What each target does can be read off its lines and typed by hand; everything is installed into .venv.
 
 VENV := .venv
-# Succeeds under a Python that the packages run on and that can make an environment.
-FITS := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
-# The first such Python on this machine.
+# Succeeds under a Python that the packages run on.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The first such Python on this machine that can make an environment.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import ensurepip; $(FITS)' 2>/dev/null && echo $$p && break; done)
 RUN := $(VENV)/bin/python
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
@@ -20,7 +20,7 @@ help:  ## list the targets
 
 # uv reads no settings of pip: the package index that pip was told to use is passed on.
 setup:  ## make .venv and install everything, at the versions and checksums of requirements.lock
-	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -c '$(FITS)' 2>/dev/null || { \
+	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -c 'import ensurepip; $(FITS)' 2>/dev/null || { \
 		echo "Python 3.11, 3.12 or 3.13 with its venv module is needed, and this is none: '$(PYTHON)'. Install one"; \
 		echo "(on Debian: apt install python3 python3-venv) or name it: make setup PYTHON=/path/to/python3"; exit 1; }
 	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)

@@ -150,6 +150,7 @@ def test_what_machine_and_data_do_not_allow_is_refused_before_any_work(
         "trainer.val_check_interval=2",
         "trainer.check_val_every_n_epoch=2",
         "trainer.num_sanity_val_steps=1",
+        "trainer.limit_val_batches=0",
     ],
 )
 def test_flags_that_people_use_work(override: str, tmp_path: Path) -> None:
