@@ -19,7 +19,7 @@ help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 # uv reads no settings of pip: the package index that pip was told to use is passed on.
-setup:  ## make .venv and install everything, at the versions and checksums of requirements.lock
+setup:  ## make .venv, install everything at the versions and checksums of requirements.lock, compile the C
 	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -c 'import ensurepip; $(FITS)' 2>/dev/null || { \
 		echo "Python 3.11, 3.12 or 3.13 with its venv module is needed, and this is none: '$(PYTHON)'. Install one"; \
 		echo "(on Debian: apt install python3 python3-venv) or name it: make setup PYTHON=/path/to/python3"; exit 1; }
@@ -32,6 +32,7 @@ setup:  ## make .venv and install everything, at the versions and checksums of r
 	@UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(RUN) -m pip config get global.index-url 2>/dev/null)}}"; \
 		if [ -n "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX; else unset UV_DEFAULT_INDEX; fi; \
 		$(VENV)/bin/uv pip install --python $(RUN) --require-hashes -r requirements.lock
+	@$(RUN) -W ignore -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 
 train: setup  ## run the tutorial to its end
 	$(RUN) -m mnist_lit.train $(ARGS)

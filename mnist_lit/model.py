@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from mnist_lit import Refusal
 from mnist_lit.mnist_files import SAMPLE_NAME
 
-TUTORIAL_MODEL = {"network": "mnist_lit.network.TutorialCNN", "dropout": 0.5}
+TUTORIAL_MODEL = {"network": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "compiled": True}
 TUTORIAL_OPTIMIZER = {"name": "Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
 
 UNKNOWN_DATA = {"name": "unknown"}  # what a checkpoint says of training data that do not come from MNISTDataModule

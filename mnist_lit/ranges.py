@@ -78,6 +78,7 @@ RANGES = {
     "data.batch_size": whole(1),
     "data.val_size": whole(0, 59_999),
     "data_format": one_of("channels_last", "channels_first"),
+    "model.compiled": SWITCH,
     "model.dropout": number(0, below=1),
     "optimizer.lr": number(0),
     "optimizer.rho": number(0, 1),

@@ -40,12 +40,14 @@ def test_same_weights_give_the_same_probabilities(data_format: str, sample) -> N
 
 
 def test_twenty_steps_of_adadelta_are_keras_own(sample) -> None:
+    """In plain PyTorch: over twenty steps Adadelta makes a hundred times more of the compiled operator's rounding."""
     keras_model = keras_tutorial(dropout=0.0)
     keras_model.compile(
         optimizer=keras.optimizers.Adadelta(learning_rate=1.0, rho=0.95, epsilon=1e-7),
         loss=keras.losses.categorical_crossentropy,
     )
     classifier = from_keras(keras_model).train()
+    classifier.network.compiled = False
     optimizer = classifier.configure_optimizers()
     batches = itertools.islice(itertools.cycle(sample.train_dataloader()), 20)
     for step, (images, labels) in enumerate(batches):

@@ -3,16 +3,17 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 from torch import nn
 
-from mnist_lit.network import TutorialCNN
+from mnist_lit.network import TutorialCNN, keep_mask
 
 
 def literal_port(network: TutorialCNN) -> nn.Sequential:
     """The tutorial's layers in the tutorial's order and PyTorch's default memory layout, with the same weights."""
-    copy = TutorialCNN(network.dropout.p).double()
+    copy = TutorialCNN(network.dropout).double()
     copy.load_state_dict(network.state_dict())
     copy.to(memory_format=torch.contiguous_format)
     return nn.Sequential(
@@ -48,19 +49,44 @@ def test_logits_and_gradients_are_those_of_the_literal_port(sample) -> None:
         torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-12)
 
 
-def test_dropout_drops_its_share_of_the_pooled_values_in_training_only(sample) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_dropout_drops_its_share_of_the_features_in_training_only(compiled: bool, sample) -> None:
     torch.manual_seed(0)
-    network = TutorialCNN(dropout=0.25)
-    seen = []
-    network.dropout.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    network = TutorialCNN(dropout=0.25, compiled=compiled)
+    seen: list[torch.Tensor] = []
+    network.dense1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     images = next(iter(sample.test_dataloader()))[0]
-    network.eval()(images)
-    network.train()(images)
-    (before, evaluated), (_, trained) = seen
-    assert torch.equal(before, evaluated)
-    alive = before != 0
-    assert abs((trained[alive] == 0).float().mean() - 0.25) < 0.01
-    assert before.shape == (500, 64, 8, 8)
+    for mode in (False, False, True, True):
+        network.train(mode)(images)
+    evaluated, again, first, second = seen
+    assert torch.equal(evaluated, again)
+    alive = evaluated != 0
+    kept = first != 0
+    assert abs(kept[alive].float().mean() - 0.75) < 0.002
+    torch.testing.assert_close(first[kept], evaluated[kept] / 0.75)
+    assert abs((kept & (second != 0))[alive].float().mean() - 0.75**2) < 0.002  # drawn anew, and independently
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.1, 0.3, 0.9])
+def test_keep_mask_keeps_each_value_equally_often_and_the_mean_as_it_was(dropout: float) -> None:
+    torch.manual_seed(0)
+    kept, scale = keep_mask((4001, 251), dropout, torch.device("cpu"))
+    assert kept.shape == (4001, 251) and kept.dtype == torch.bool
+    spread = (dropout * (1 - dropout)) ** 0.5
+    assert abs(kept.float().mean() - (1 - dropout)) < 4 * spread / kept.numel() ** 0.5
+    for axis in (0, 1):  # no row and no column is better off than chance allows
+        shares = kept.float().mean(axis)
+        assert (shares - (1 - dropout)).abs().max() < 6 * spread / kept.shape[axis] ** 0.5 + 1e-3
+    neighbours = (kept[:, 1:] & kept[:, :-1]).float().mean()
+    assert abs(neighbours - (1 - dropout) ** 2) < 0.002
+    assert scale == pytest.approx(1 / (1 - dropout), rel=2e-4)
+    torch.manual_seed(0)
+    assert torch.equal(kept, keep_mask((4001, 251), dropout, torch.device("cpu"))[0])
+
+
+def test_a_dropout_that_keeps_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="dropout must be from 0 to below 1"):
+        TutorialCNN(dropout=1.0)
 
 
 def test_network_needs_torch_and_nothing_else() -> None:

@@ -1,0 +1,1 @@
+"""Operators that are faster than what PyTorch puts together, each beside its plain-PyTorch reference."""

@@ -1,0 +1,303 @@
+"""The compiled operator: the same as plain PyTorch, on every instruction set that this machine has."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, small
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnist_lit.kernels import convolutions as room
+from mnist_lit.kernels.convolutions import convolutions, plain
+from mnist_lit.network import TutorialCNN
+
+SETS = list(room.LIBRARIES)
+BEST = torch.backends.cpu.get_cpu_capability()
+
+pytestmark = pytest.mark.skipif(room.instruction_set() == "none", reason="no C compiler: the operator was not built")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test finds the library, and says its lines, anew."""
+    for cached in (room._library, room._say):
+        cached.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cached in (room._library, room._say):
+        cached.cache_clear()
+
+
+@pytest.fixture(params=SETS)
+def each_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if BEST not in SETS or SETS.index(request.param) < SETS.index(BEST):
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    assert room.instruction_set() == request.param
+
+
+def parameters(filters1: int = 32, filters2: int = 64) -> list[Tensor]:
+    shapes = [(filters1, 1, 3, 3), (filters1,), (filters2, filters1, 3, 3), (filters2,)]
+    scales = (0.3, 0.1, 0.3 / filters1**0.5, 0.1)
+    return [(torch.randn(shape) * scale).requires_grad_() for shape, scale in zip(shapes, scales, strict=True)]
+
+
+def images_with_background(*shape: int) -> Tensor:
+    """Some ink, and wide empty parts whose outputs are all equal, as in a digit."""
+    images = torch.rand(shape)
+    images[..., : shape[-2] // 2, :] = 0
+    return images
+
+
+def assert_agrees(images: Tensor, weights: list[Tensor], kept: Tensor | None = None, scale: float = 1.0) -> None:
+    """Features and gradients against plain PyTorch in double precision."""
+    assert room.why_plain(images, *weights) == ""
+    features = convolutions(images, *weights, kept=kept, scale=scale)
+    gradient = torch.randn(features.shape)
+    ours = torch.autograd.grad(features, weights, gradient)
+    doubles = [weight.detach().double().requires_grad_() for weight in weights]
+    expected = plain(images.double(), *doubles, kept=kept, scale=scale)
+    theirs = torch.autograd.grad(expected, doubles, gradient.double())
+    torch.testing.assert_close(features.double(), expected, rtol=1e-5, atol=1e-5)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our.double(), their, rtol=1e-4, atol=1e-4 * float(their.abs().max()))
+
+
+@pytest.mark.usefixtures("each_set")
+@pytest.mark.parametrize(
+    ("count", "height", "width", "filters1", "filters2"),
+    [
+        (5, 28, 28, 32, 64),
+        (1, 28, 28, 32, 64),  # one image, more threads than that
+        (2, 7, 7, 1, 1),  # the smallest
+        (3, 15, 9, 5, 3),  # sizes and filters that no vector divides; rows and columns that no window covers
+        (4, 12, 31, 33, 70),
+        (0, 28, 28, 32, 64),
+    ],
+)
+@pytest.mark.parametrize("drops", [False, True])
+def test_features_and_gradients_are_those_of_plain_pytorch(
+    count: int, height: int, width: int, filters1: int, filters2: int, drops: bool
+) -> None:
+    torch.manual_seed(count + height)
+    kept = torch.rand(count, filters2, (height - 4) // 3, (width - 4) // 3) < 0.5 if drops else None
+    images = images_with_background(count, 1, height, width)
+    if count:
+        assert_agrees(images, parameters(filters1, filters2), kept, 2.0)
+    else:
+        assert convolutions(images, *parameters(filters1, filters2), kept=kept).shape == (0, filters2, 8, 8)
+
+
+@pytest.mark.usefixtures("each_set")
+@pytest.mark.parametrize("pattern", ["even", "rows", "columns"])
+def test_of_equal_outputs_the_first_takes_the_gradient(pattern: str) -> None:
+    """Where an image does not change along rows, columns or both, nine or three outputs of a window are equal."""
+    torch.manual_seed(1)
+    images = {
+        "even": torch.full((3, 1, 28, 28), 0.3),
+        "rows": torch.rand(3, 1, 28, 1).expand(3, 1, 28, 28),
+        "columns": torch.rand(3, 1, 1, 28).expand(3, 1, 28, 28),
+    }[pattern]
+    assert_agrees(images, parameters())
+    _, winners = room.forward(images, *parameters(), None, 1.0)
+    firsts = {"even": {0}, "rows": {0, 3, 6}, "columns": {0, 1, 2}}[pattern]
+    assert set(winners.unique().tolist()) == firsts
+
+
+@pytest.mark.usefixtures("each_set")
+def test_on_digits_the_same_outputs_win_and_the_same_are_zero(sample) -> None:
+    """At the start of a training, when biases are zero, most windows of a digit have outputs that are exactly zero."""
+    torch.manual_seed(0)
+    network = TutorialCNN()
+    weights = [*network.conv1.parameters(), *network.conv2.parameters()]
+    images, _ = next(iter(sample.test_dataloader()))
+    features = convolutions(images[::5], *weights)
+    w1, b1, w2, b2 = (weight.double() for weight in weights)
+    outputs = F.conv2d(torch.relu(F.conv2d(images[::5].double(), w1, b1)), w2, b2)
+    most, index = F.max_pool2d(outputs, 3, return_indices=True)
+    places = index // 24 % 3 * 3 + index % 24 % 3
+    winners = room.forward(images[::5], *weights, None, 1.0)[1]
+    active = most > 0
+    assert ((features > 0) != active).float().mean() < 5e-5
+    assert (winners != places)[active].float().mean() < 5e-5
+
+
+@pytest.mark.usefixtures("each_set")
+def test_windows_below_zero_pass_nothing_on() -> None:
+    torch.manual_seed(2)
+    weights = parameters()
+    with torch.no_grad():
+        weights[3].fill_(-100)
+    features = convolutions(images_with_background(3, 1, 28, 28), *weights)
+    assert not features.any()
+    assert not any(each.any() for each in torch.autograd.grad(features.sum(), weights))
+
+
+def test_inputs_that_are_not_contiguous() -> None:
+    torch.manual_seed(3)
+    images = torch.rand(28, 4, 28, 2).permute(1, 3, 0, 2)[:, 1:]
+    weights = parameters()
+    strided = [weight.detach().flip(-1).flip(-1).mT.contiguous().mT.requires_grad_() for weight in weights[::2]]
+    weights[0], weights[2] = strided[0], strided[1].to(memory_format=torch.channels_last).detach().requires_grad_()
+    assert not images.is_contiguous() and not weights[0].is_contiguous() and not weights[2].is_contiguous()
+    kept = (torch.rand(4, 8, 8, 64) < 0.5).permute(0, 3, 1, 2)
+    assert_agrees(images, weights, kept, 2.0)
+    features = convolutions(images, *weights)
+    one = torch.ones(())  # a gradient of strides zero, as sum() hands it back
+    for ours, theirs in zip(
+        torch.autograd.grad(features, weights, one.expand_as(features), retain_graph=True),
+        torch.autograd.grad(features, weights, torch.ones(features.shape)),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_frozen_parameters_get_no_gradient_and_the_others_theirs() -> None:
+    torch.manual_seed(4)
+    images, weights = torch.rand(2, 1, 28, 28), parameters()
+    everything = torch.autograd.grad(convolutions(images, *weights).sum(), weights)
+    for frozen in range(4):
+        some = [weight.detach().requires_grad_(i != frozen) for i, weight in enumerate(weights)]
+        convolutions(images, *some).sum().backward()
+        assert some[frozen].grad is None
+        assert all(torch.equal(each.grad, everything[i]) for i, each in enumerate(some) if each.grad is not None)
+        assert sum(each.grad is not None for each in some) == 3
+    assert not convolutions(images, *(weight.detach() for weight in weights)).requires_grad
+
+
+def test_batches_that_the_threads_do_not_divide_and_the_same_bits_each_time() -> None:
+    torch.manual_seed(5)
+    images, weights = images_with_background(7, 1, 28, 28), parameters()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            assert_agrees(images, weights)
+            first, second = (torch.autograd.grad(convolutions(images, *weights).sum(), weights) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("each_set")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    torch.manual_seed(6)
+    images, weights = torch.rand(2, 1, 28, 28), parameters()
+    features = convolutions(images, *weights)
+    for where in ((features > 0).nonzero()[0], (features == 0).nonzero()[0]):
+        gradient = torch.zeros(features.shape)
+        gradient[tuple(where)] = value
+        gradients = torch.autograd.grad(features, weights, gradient, retain_graph=True)
+        assert not all(each.isfinite().all() for each in gradients)
+        assert not gradients[3].isfinite().all()
+    images[1, 0, 14, 14] = torch.nan
+    ours, theirs = convolutions(images, *weights), plain(images, *weights)
+    assert torch.equal(ours.isnan(), theirs.isnan()) and theirs.isnan().any()
+    (through,) = torch.autograd.grad(ours.sum(), weights[2])
+    assert through.isnan().any()
+
+
+def test_the_operators_keep_torchs_rules() -> None:
+    torch.manual_seed(7)
+    images, kept, weights = torch.rand(3, 1, 13, 10), torch.rand(3, 6, 3, 2) < 0.5, parameters(4, 6)
+    for mask in (kept, None):
+        torch.library.opcheck(room.forward, (images, *weights, mask, 2.0))
+    features, winners = room.forward(images, *weights, kept, 2.0)
+    detached = [weight.detach() for weight in weights[:3]]
+    torch.library.opcheck(room.backward, (images, *detached, 2.0, features.detach(), winners, torch.ones(3, 6, 3, 2)))
+
+
+def reasons() -> dict[str, tuple[Tensor, list[Tensor], str]]:
+    images, weights = torch.rand(2, 1, 28, 28), parameters()
+    return {
+        "double": (images.double(), [w.detach().double() for w in weights], "are for single precision"),
+        "image gradient": (images.clone().requires_grad_(), weights, "no gradient with respect to the images"),
+        "tiny": (torch.rand(2, 1, 6, 28), weights, "at least 7x7 pixels"),
+        "colour": (torch.rand(2, 3, 28, 28), [torch.rand(32, 3, 3, 3), *weights[1:]], "images of one channel"),
+        "meta": (images.to("meta"), [w.detach().to("meta") for w in weights], "are for the CPU"),
+    }
+
+
+@pytest.mark.parametrize("name", ["double", "image gradient", "tiny", "colour", "meta"])
+def test_where_it_does_not_apply_plain_pytorch_runs_and_one_line_says_so(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, weights, reason = reasons()[name]
+    assert reason in room.why_plain(images, *weights)
+    if name == "tiny":
+        return  # too small for the pooling window, in plain PyTorch too
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            ours = convolutions(images, *weights)
+    expected = plain(images, *weights)
+    assert ours.is_meta or torch.equal(ours, expected)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"convolutions: plain PyTorch, because {room.why_plain(images, *weights)}"
+    ]
+
+
+def test_autocast_export_and_transforms_take_plain_pytorch() -> None:
+    images, weights = torch.rand(2, 1, 28, 28), parameters()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "single precision" in room.why_plain(images, *weights)
+        assert convolutions(images, *weights).dtype == torch.bfloat16
+    exported = torch.export.export(TutorialCNN().eval(), (images,))
+    assert "mnist_lit" not in str(exported.graph)
+    network = TutorialCNN().eval()
+    one_by_one = torch.func.vmap(lambda image: network(image[None])[0])(images)
+    torch.testing.assert_close(one_by_one, network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda folder: [path.unlink() for path in folder.glob("*.so")], "was not built"),
+        (lambda folder: os.utime(folder / "convolutions.c"), "is older than its source"),
+        (lambda folder: [path.write_bytes(b"") for path in folder.glob("*.so")], "does not load"),
+    ],
+)
+def test_without_a_good_library_plain_pytorch_runs(
+    break_it, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(room.FOLDER, tmp_path / "kernels")
+    for path in (tmp_path / "kernels").glob("*.c"):
+        os.utime(path, (0, 0))
+    monkeypatch.setattr(room, "FOLDER", tmp_path / "kernels")
+    break_it(tmp_path / "kernels")
+    images, weights = torch.rand(2, 1, 28, 28), parameters()
+    assert reason in room.why_plain(images, *weights)
+    assert torch.equal(convolutions(images, *weights), plain(images, *weights))
+
+
+def test_a_cpu_without_a_library_of_its_own_takes_the_next_lower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    assert room.instruction_set() == "DEFAULT"
+
+
+def test_a_training_run_with_and_without_it_agrees(tmp_path: Path) -> None:
+    """Dropout draws the same on both sides, so only rounding is between them."""
+    from mnist_lit.train import train
+
+    with_it, without = (
+        train(tmp_path / str(compiled), **small(f"model.compiled={compiled}")) for compiled in (True, False)
+    )
+    for key in ("train/loss", "test/loss"):
+        assert with_it[key] == pytest.approx(without[key], rel=1e-4)
+    assert with_it["test/acc"] == pytest.approx(without["test/acc"], abs=0.011)  # of 200 images
+
+
+def test_using_a_model_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch; from mnist_lit.network import TutorialCNN\n"
+        "with torch.no_grad(): TutorialCNN().eval()(torch.rand(1, 1, 28, 28))\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
