@@ -9,10 +9,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 RUN := $(VENV)/bin/python
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
-# Where the full MNIST is or goes, for results and overhead.
+# Where the full MNIST is or goes, for results and bench.
 DATA ?= data
 
-.PHONY: help setup train test check results overhead lock
+.PHONY: help setup train test check results bench lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -50,8 +50,13 @@ results: setup  ## train five seeds on the full MNIST (DATA=FOLDER) and write do
 	$(RUN) -m mnist_lit.train -m 'seed=range(5)' data.source=mnist data.dir=$(DATA) hydra.sweep.dir=$(FOLDER) $(ARGS)
 	$(RUN) benchmarks/seeds.py $(FOLDER)
 
-overhead: setup  ## time an epoch against a plain PyTorch loop (DATA=FOLDER) and write docs/overhead.md
-	$(RUN) benchmarks/overhead.py $(DATA)
+# In an environment of its own, because the peers are many and large, and not locked.
+bench: setup  ## time this project against its peers (DATA=FOLDER) and write docs/speed.md
+	@test -x $(VENV)-bench/bin/python || $(RUN) -m venv --without-pip $(VENV)-bench
+	@UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(RUN) -m pip config get global.index-url 2>/dev/null)}}"; \
+		if [ -n "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX; else unset UV_DEFAULT_INDEX; fi; \
+		$(VENV)/bin/uv pip install --quiet --python $(VENV)-bench/bin/python -r pyproject.toml --extra bench
+	$(VENV)-bench/bin/python benchmarks/bench.py $(DATA) $(ARGS)
 
 lock: setup  ## renew requirements.lock from pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes \

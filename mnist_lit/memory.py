@@ -8,8 +8,8 @@ import sys
 def keep_freed_memory() -> None:
     """Tell glibc's allocator to keep large blocks that are freed, instead of handing them back to the system.
 
-    A step frees and asks for the same 200 MB of activations again; mapping and clearing those pages anew each time
-    takes longer than the arithmetic (``docs/overhead.md`` has the figures). No effect where there is no glibc.
+    A step frees and asks for the same large blocks again, in plain PyTorch 200 MB of them; mapping and clearing those
+    pages anew each time takes longer than the arithmetic. No effect where there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

@@ -143,7 +143,7 @@ def test_help_and_refusals_answer_at_once_and_leave_nothing(arguments: list[str]
         text=True,
         check=False,
     )
-    assert time.perf_counter() - started < 4  # docs/overhead.md has the measured time, whose mark is 1.5 s
+    assert time.perf_counter() - started < 4  # docs/speed.md has the measured time, whose mark is 1.5 s
     assert "[]" in done.stderr.splitlines()
     assert "Traceback" not in done.stderr
     assert (done.returncode == 0) == (arguments == ["--help"])
