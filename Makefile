@@ -7,6 +7,9 @@ FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import ensurepip; $(FITS)' 2>/dev/null && echo $$p && break; done)
 RUN := $(VENV)/bin/python
+# uv reads no settings of pip: the package index that pip was told to use is passed on.
+UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(RUN) -m pip config get global.index-url 2>/dev/null)}}"; \
+	if [ -n "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX; else unset UV_DEFAULT_INDEX; fi; $(VENV)/bin/uv
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
 # Where the full MNIST is or goes, for results and bench.
@@ -18,7 +21,6 @@ DATA ?= data
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-# uv reads no settings of pip: the package index that pip was told to use is passed on.
 setup:  ## make .venv, install everything at the versions and checksums of requirements.lock, compile the C
 	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -c 'import ensurepip; $(FITS)' 2>/dev/null || { \
 		echo "Python 3.11, 3.12 or 3.13 with its venv module is needed, and this is none: '$(PYTHON)'. Install one"; \
@@ -29,9 +31,7 @@ setup:  ## make .venv, install everything at the versions and checksums of requi
 	@$(RUN) -c 'import pip' 2>/dev/null || $(RUN) -m ensurepip
 	@test -x $(VENV)/bin/uv || { sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt && \
 		$(RUN) -m pip install --quiet --require-hashes -r $(VENV)/uv.txt; }
-	@UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(RUN) -m pip config get global.index-url 2>/dev/null)}}"; \
-		if [ -n "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX; else unset UV_DEFAULT_INDEX; fi; \
-		$(VENV)/bin/uv pip install --python $(RUN) --require-hashes -r requirements.lock
+	@$(UV) pip install --python $(RUN) --require-hashes -r requirements.lock
 	@$(RUN) -W ignore -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 
 train: setup  ## run the tutorial to its end
@@ -53,9 +53,7 @@ results: setup  ## train five seeds on the full MNIST (DATA=FOLDER) and write do
 # In an environment of its own, because the peers are many and large, and not locked.
 bench: setup  ## time this project against its peers (DATA=FOLDER) and write docs/speed.md
 	@test -x $(VENV)-bench/bin/python || $(RUN) -m venv --without-pip $(VENV)-bench
-	@UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(RUN) -m pip config get global.index-url 2>/dev/null)}}"; \
-		if [ -n "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX; else unset UV_DEFAULT_INDEX; fi; \
-		$(VENV)/bin/uv pip install --quiet --python $(VENV)-bench/bin/python -r pyproject.toml --extra bench
+	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python -r pyproject.toml --extra bench
 	$(VENV)-bench/bin/python benchmarks/bench.py $(DATA) $(ARGS)
 
 lock: setup  ## renew requirements.lock from pyproject.toml

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 DOCS = ROOT / "docs"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore"}
 EPOCH, EPOCHS = 120, 2  # the first warms up
 TUTORIAL = 12  # its epochs
 STEP_GFLOP = 500 * 70.6e-3  # forward and backward of one image: 70.6 MFLOP

@@ -45,7 +45,7 @@ def for_channels_last(weights: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def pixels(data: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [60000, 28, 28] and int64 [60000], read from the raw files."""
+    """uint8 [60000, 28, 28] and int64 [60000]; not by ``read_mnist``, which would bring torch into every peer's memory."""
     raw = Path(data) / "MNIST" / "raw"
     images = np.frombuffer((raw / "train-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(-1, 28, 28)
     labels = np.frombuffer((raw / "train-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)

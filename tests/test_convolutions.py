@@ -159,6 +159,14 @@ def test_inputs_that_are_not_contiguous() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_shapes_that_do_not_fit_are_refused_before_c_reads_past_their_ends() -> None:
+    images, weights = torch.rand(2, 1, 40, 40), parameters()
+    with pytest.raises(ValueError, match=r"kept must be bool \(2, 64, 12, 12\)"):
+        convolutions(images, *weights, kept=torch.ones(2, 64, 8, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="weights"):
+        convolutions(images, weights[0], weights[1], torch.rand(64, 16, 3, 3), weights[3])
+
+
 def test_frozen_parameters_get_no_gradient_and_the_others_theirs() -> None:
     torch.manual_seed(4)
     images, weights = torch.rand(2, 1, 28, 28), parameters()

@@ -107,9 +107,15 @@ def _forward(
     """Features [N, F2, P, Q] float32, and the place 0..8 of each in its pooling window, uint8.
 
     Raises:
+        ValueError: Shapes that do not fit together.
         MemoryError: The few megabytes that it works in are not there.
     """
-    features, winners = _features_and_winners(images, weight1, bias1, weight2, bias2, kept, scale)
+    features, winners = _features_and_winners(images, weight1, bias1, weight2)
+    f1, f2 = len(bias1), len(bias2)
+    if weight1.shape != (f1, 1, 3, 3) or weight2.shape != (f2, f1, 3, 3):  # C would read past their ends
+        raise ValueError(f"weights [F1, 1, 3, 3] and [F2, F1, 3, 3] are needed, not {weight1.shape}, {weight2.shape}")
+    if kept is not None and (kept.shape != features.shape or kept.dtype != torch.bool):
+        raise ValueError(f"kept must be bool {tuple(features.shape)}, not {kept.dtype} {tuple(kept.shape)}")
     _call("mnist_lit_forward", images, weight1, bias1, weight2, bias2, kept, scale, features, winners)
     return features, winners
 
@@ -131,16 +137,16 @@ def backward(
     """Gradients of weight1, bias1, weight2 and bias2 from that of the features.
 
     Raises:
-        MemoryError: As above.
+        MemoryError: The few megabytes that it works in are not there.
     """
-    gradients = _gradients(images, weight1, bias1, weight2, scale, features, winners, gradient)
+    gradients = _gradients(images, weight1, bias1, weight2)
     _call("mnist_lit_backward", images, weight1, bias1, weight2, scale, features, winners, gradient, *gradients)
     return gradients
 
 
 @forward.register_fake
 def _features_and_winners(
-    images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, kept: Tensor | None, scale: float
+    images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     shape = (images.shape[0], weight2.shape[0], (images.shape[2] - 4) // 3, (images.shape[3] - 4) // 3)
     return images.new_empty(shape), images.new_empty(shape, dtype=torch.uint8)
@@ -148,14 +154,7 @@ def _features_and_winners(
 
 @backward.register_fake
 def _gradients(
-    images: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    scale: float,
-    features: Tensor,
-    winners: Tensor,
-    gradient: Tensor,
+    images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     filters1, filters2 = weight1.shape[0], weight2.shape[0]
     shapes = [(filters1, 1, 3, 3), (filters1,), (filters2, filters1, 3, 3), (filters2,)]
