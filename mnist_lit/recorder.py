@@ -47,12 +47,12 @@ class RunRecorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.validations.append({"epoch": trainer.current_epoch + 1, **_metrics(trainer, "val")})
+            self.validations.append({"epoch": trainer.current_epoch + 1, **_logged(trainer, "val")})
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._pause(trainer)
         epoch = trainer.current_epoch + 1
-        row = {"epoch": epoch, **_metrics(trainer, "train")}
+        row = {"epoch": epoch, **pl_module.epoch("train")}  # this hook is called before the model's, which logs them
         if self.validations and self.validations[-1]["epoch"] == epoch:
             row |= self.validations[-1]
         row["epoch_seconds"] = self._seconds
@@ -83,7 +83,7 @@ class RunRecorder(L.Callback):
             writer.writerow({**row, **data})
 
 
-def _metrics(trainer: L.Trainer, stage: str) -> dict[str, float]:
+def _logged(trainer: L.Trainer, stage: str) -> dict[str, float]:
     return {k: float(v) for k, v in trainer.callback_metrics.items() if k in (f"{stage}/loss", f"{stage}/acc")}
 
 

@@ -64,9 +64,12 @@ def test_running_metrics_are_those_that_the_epoch_will_end_with(sample) -> None:
     class Look(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
             seen.update(pl_module.running("train"))
+            if batch_idx == 0:  # in the second epoch, too: the first one's values are gone
+                assert seen["loss"] == pytest.approx(outputs["loss"].item(), rel=1e-6)
 
-    trainer = quiet_trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=0, callbacks=[Look()])
+    trainer = quiet_trainer(max_epochs=2, limit_train_batches=3, limit_val_batches=0, callbacks=[Look()])
     trainer.fit(classifier, datamodule=MNISTDataModule(source="sample"))
+    assert len(seen) == 2
     for name, value in seen.items():
         assert trainer.callback_metrics[f"train/{name}"].item() == pytest.approx(value, rel=1e-6)
 
