@@ -15,7 +15,7 @@ ARGS ?=
 # Where the full MNIST is or goes, for results and bench.
 DATA ?= data
 
-.PHONY: help setup train test check results bench lock
+.PHONY: help setup train test check results bench soak lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -55,6 +55,9 @@ bench: setup  ## time this project against its peers (DATA=FOLDER) and write doc
 	@test -x $(VENV)-bench/bin/python || $(RUN) -m venv --without-pip $(VENV)-bench
 	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python -r pyproject.toml --extra bench
 	$(VENV)-bench/bin/python benchmarks/bench.py $(DATA) $(ARGS)
+
+soak: setup  ## kill a small run at 100 random moments and go on with it: the same bits every time?
+	$(RUN) -W ignore tests/soak.py $(ARGS)
 
 lock: setup  ## renew requirements.lock from pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes \

@@ -5,3 +5,15 @@ __version__ = "0.1.0"
 
 class Refusal(ValueError):
     """Something that the user can put right: commands print it as one sentence, without a traceback."""
+
+
+class Stopped(BaseException):
+    """A run was asked to stop by a signal, and did. No Exception, so that nothing takes it for a failure.
+
+    Attributes:
+        signal: The signal's number; the exit code is 128 more.
+    """
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -16,7 +16,7 @@ from mnist_lit.ranges import RANGES, of_type
 CONF = next(path for base in Path(__file__).parents[:2] if (path := base / "conf").is_dir())
 
 # Keys whose values are paths: Hydra's grammar would choke on spaces, =, commas, ~ or umlauts in them.
-PATH_KEYS = ("data.dir", "hydra.run.dir", "hydra.sweep.dir", "source", "target")
+PATH_KEYS = ("data.dir", "hydra.run.dir", "hydra.sweep.dir", "resume", "source", "target")
 
 # Sections that are arguments of a class: it refuses by itself what it does not know, so they may have more keys.
 CLASS_SECTIONS = ("model", "optimizer", "trainer", "logger")

@@ -124,15 +124,10 @@ def load_keras(path: Path) -> Any:
 
 
 def load_checkpoint(path: Path) -> Any:
-    from mnist_lit.model import MNISTClassifier
+    from mnist_lit.model import load_classifier
     from mnist_lit.network import TutorialCNN
 
-    try:
-        classifier = MNISTClassifier.load_from_checkpoint(path, map_location="cpu")
-    except Refusal:
-        raise
-    except Exception as error:
-        raise Refusal(f"{path}: not a checkpoint of this project ({' '.join(str(error).split())[:300]})") from error
+    classifier = load_classifier(path)
     if type(classifier.network) is not TutorialCNN:
         raise Refusal(
             f"{path}: holds a {type(classifier.network).__name__}; only the tutorial's network has a Keras twin"

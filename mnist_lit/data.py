@@ -1,6 +1,5 @@
 """``MNISTDataModule``: finds and checks the digits, splits them, and hands out shuffled batches."""
 
-import hashlib
 import logging
 import math
 import textwrap
@@ -15,8 +14,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mnist_lit import Refusal
 from mnist_lit.mnist_files import (
-    MNIST_NAME,
-    SAMPLE_NAME,
     NotAvailableError,
     fetch_missing_files,
     missing_files,
@@ -24,6 +21,8 @@ from mnist_lit.mnist_files import (
     read_sample,
     sha256,
 )
+from mnist_lit.randomness import number_from
+from mnist_lit.runs import MNIST_NAME, SAMPLE_NAME
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ class MNISTDataModule(L.LightningDataModule):
         batches = EpochBatches(len(labels), self.batch_size, seed, rank, processes)
         # batch_size=None: the dataset is asked for a whole batch. The generator: a loader draws a number from it at
         # every start, which would otherwise come out of the one that dropout uses.
-        return DataLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
+        return ResumableLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
 
 
 class PixelDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -143,6 +142,21 @@ class PixelDataset(Dataset[tuple[Tensor, Tensor]]):
         return scale(self.images[indices]), self.labels[indices]
 
 
+class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
+    """A loader over ``EpochBatches`` that can say where it is in its epoch, and go on from there.
+
+    Lightning asks for the one when it saves a checkpoint, and for the other when it resumes from one.
+    """
+
+    sampler: "EpochBatches"
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.sampler.epoch, "given": self.sampler.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.resume_from = state
+
+
 class EpochBatches(Sampler[Tensor]):
     """The indices of each batch of an epoch; Lightning says which epoch it is.
 
@@ -152,12 +166,17 @@ class EpochBatches(Sampler[Tensor]):
         seed: Decides, with the epoch, the order of the images; None keeps them in their own order.
         rank: Which share of each batch is this process's, so that every image counts exactly once.
         processes: Into how many shares a batch is divided.
+
+    Attributes:
+        given: How many batches of the epoch have been given out.
+        resume_from: The epoch in which to leave out so many batches, those that were ``given`` before; None for none.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None = None, rank: int = 0, processes: int = 1) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.processes = rank, processes
-        self.epoch = 0
+        self.epoch = self.given = 0
+        self.resume_from: dict[str, int] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -167,7 +186,10 @@ class EpochBatches(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         order = torch.arange(self.count) if self.seed is None else epoch_order(self.seed, self.epoch, self.count)
-        for batch in order.split(self.batch_size):
+        state, self.resume_from = self.resume_from, None
+        first = state["given"] if state and state["epoch"] == self.epoch else 0
+        for given, batch in enumerate(order.split(self.batch_size)[first:], first + 1):
+            self.given = given
             yield batch[self.rank :: self.processes]
 
 
@@ -177,12 +199,8 @@ def scale(pixels: Tensor) -> Tensor:
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The permutation of ``count`` images in an epoch: a function of seed and epoch, not of what was drawn before.
-
-    A hash, because with a sum seed 1's epoch 2 would be seed 2's epoch 1.
-    """
-    digest = hashlib.sha256(f"order {seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """The permutation of ``count`` images in an epoch: a function of seed and epoch, not of what was drawn before."""
+    generator = torch.Generator().manual_seed(number_from("order", seed, epoch))
     return torch.randperm(count, generator=generator)
 
 

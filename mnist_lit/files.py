@@ -1,22 +1,49 @@
 """Writing a file so that nobody ever sees half of it."""
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mnist_lit import Refusal
+
+TEMPORARY = ".part-"  # how the names of unfinished files begin
+
+
+class CannotWriteError(Refusal):
+    """The disk is full, or the folder is not to be written to."""
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write ``path`` as ``appears_whole`` does.
+
+    Raises:
+        CannotWriteError: What was there before is untouched.
+    """
+    with appears_whole(path, len(content)) as temporary:
+        temporary.write_bytes(content)
+
 
 @contextmanager
-def appears_whole(path: Path) -> Iterator[Path]:
+def appears_whole(path: Path, size: int | None = None) -> Iterator[Path]:
     """A temporary file to write to, which gets the name ``path`` when the block ends well, and else disappears.
 
     It lies in the same folder and has the same ending, for those who write by it.
+
+    Args:
+        size: How many bytes it will have, for the message when they do not fit.
+
+    Raises:
+        CannotWriteError: What was there before is untouched.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
+        temporary = Path(name)
+        os.close(handle)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -24,5 +51,40 @@ def appears_whole(path: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's files are readable by their owner only
         temporary.replace(path)
+        temporary = None
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CannotWriteError(_sentence(path, size, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in ``folder`` on the disk, and not only in the system's memory, where it can do that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what was left by a process that was killed while it wrote into ``folder``."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+def _sentence(path: Path, size: int | None, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        needed = f"{size / 1e6:.1f} MB are needed, " if size else ""
+        free = shutil.disk_usage(path.parent).free
+        reason = f"disk full ({needed}{free / 1e6:.1f} MB are free)"
+    else:
+        reason = error.strerror or str(error)
+    return f"cannot write {path}: {reason}; what was there before is untouched"

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, runs
-from mnist_lit.configuration import CONF, ConfigFiles, quoted
+from mnist_lit import Refusal, Stopped, runs
+from mnist_lit.configuration import CONF, ConfigFiles, check, flat, quoted
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,19 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False) -> Non
     job = _Job(verb, files, work, run_folder)
     try:
         with files.errors_as_refusals(flags.overrides):
-            more = [] if _only_shows(flags) else _prepare(files, flags, run_folder)
+            overrides = flags.overrides
+            if not _only_shows(flags):
+                overrides, job.continued = _prepare(files, flags, run_folder)
             # Hydra wants the overrides side by side.
-            sys.argv[1:] = [*(a for a in arguments if a not in flags.overrides), *flags.overrides, *more]
+            sys.argv[1:] = [*(a for a in arguments if a not in flags.overrides), *overrides]
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(job)()
         if job.refusal:
             raise job.refusal
     except Refusal as refusal:
         sys.exit(f"{verb}: {refusal}")
+    except Stopped as stopped:
+        print(f"{verb}: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         print(f"{verb}: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -61,6 +66,7 @@ class _Job:
     def __init__(self, verb: str, files: ConfigFiles, work: Callable[..., Any], run_folder: bool) -> None:
         self.verb, self.files, self.work, self.run_folder = verb, files, work, run_folder
         self.refusal: Refusal | None = None
+        self.continued: dict[str, Any] | None = None  # the configuration of a run that goes on
 
     def __call__(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
@@ -70,7 +76,7 @@ class _Job:
         is_sweep = of_hydra.mode is RunMode.MULTIRUN
         folder = Path(of_hydra.runtime.output_dir)
         try:
-            values = self.files.checked_values(config, of_hydra.runtime.choices)
+            values = self.continued or self.files.checked_values(config, of_hydra.runtime.choices)
             if is_sweep and _has_several_processes(values.get("trainer", {})):
                 raise Refusal(
                     "a sweep (-m) cannot start several processes a job: start such runs one by one, without -m"
@@ -114,29 +120,64 @@ def _only_shows(flags: Any) -> bool:
     return bool(flags.cfg or flags.info or flags.hydra_help or flags.shell_completion or flags.experimental_rerun)
 
 
-def _prepare(files: ConfigFiles, flags: Any, run_folder: bool) -> list[str]:
-    """Check the command line and claim the run's folder, all before Hydra starts; returns what to add to it."""
+def _prepare(files: ConfigFiles, flags: Any, run_folder: bool) -> tuple[list[str], dict[str, Any] | None]:
+    """Check the command line and claim the run's folder, all before Hydra starts.
+
+    Returns:
+        What to call Hydra with; and the configuration of the run that goes on, if one does.
+    """
     from omegaconf.errors import InterpolationResolutionError
 
-    multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
-    config = files.compose(_first_job(flags.overrides) if multirun else flags.overrides)
+    overrides: list[str] = flags.overrides
+    multirun = flags.multirun or "hydra.mode=MULTIRUN" in overrides
+    config = files.compose(_first_job(overrides) if multirun else overrides)
+    if config.get("resume"):
+        if multirun:
+            raise Refusal("resume= goes on with one run: leave out -m")
+        return _prepare_resume(files, overrides, config)
     if not multirun:  # each job of a sweep checks its own values, so that the others run
         with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
             values = files.checked_values(config, config.hydra.runtime.choices)
             _refuse_missing_gpu(values.get("trainer", {}).get("accelerator"))
-    if not run_folder or "LOCAL_RANK" in os.environ:  # another process of the same run: the folder is ours already
-        return []
+    if not run_folder or _is_another_process():  # of the same run: the folder is ours already
+        return overrides, None
     key, value = ("hydra.sweep.dir", config.hydra.sweep.dir) if multirun else ("hydra.run.dir", config.hydra.run.dir)
     if not value:
         raise Refusal(f"{key}= is empty: give it a folder, or leave it out")
     folder = Path(value)
-    if not any(override.startswith(f"{key}=") for override in flags.overrides):
+    if not any(override.startswith(f"{key}=") for override in overrides):
         folder = runs.claim(folder)
     elif runs.holds_run(folder):
-        raise Refusal(f"{folder} holds a run already: choose another {key}")
+        more = "" if multirun else f", or go on with it: resume={folder}"
+        raise Refusal(f"{folder} holds a run already: choose another {key}{more}")
     else:
         runs.make(folder)
-    return [quoted(f"{key}={folder}")]
+    return [*overrides, quoted(f"{key}={folder}")], None
+
+
+def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tuple[list[str], dict[str, Any]]:
+    """The same for a run that goes on in its own folder, with its own configuration."""
+    from mnist_lit import resume
+
+    if not _is_another_process() and any(override.startswith("hydra.run.dir=") for override in overrides):
+        raise Refusal("resume= goes on in the run's own folder: leave out hydra.run.dir")
+    values, choices = files.checked_values(config, config.hydra.runtime.choices), config.hydra.runtime.choices
+    run = resume.find(values["resume"], Path(files.compose([]).hydra.run.dir).parent)
+    # Typed: named by an override, or set by a group that was chosen.
+    unchanged, new = flat(files.defaults({})), flat(values)
+    named = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
+    typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
+    continued = resume.continued(run, values, typed)
+    check(continued, files.defaults(choices))
+    _refuse_missing_gpu(continued["trainer"]["accelerator"])
+    kept = [override for override in overrides if override.split("=", 1)[0] not in ("resume", "hydra.run.dir")]
+    # The path itself, for further processes of this run: by then something else may be the latest.
+    where = [quoted(f"resume={run.start}"), quoted(f"hydra.run.dir={run.folder}"), "hydra.output_subdir=null"]
+    return [*kept, *where], continued
+
+
+def _is_another_process() -> bool:
+    return "LOCAL_RANK" in os.environ
 
 
 def _refuse_missing_gpu(accelerator: Any) -> None:

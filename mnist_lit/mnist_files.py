@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.client
 import importlib.util
+import shlex
 import threading
 import time
 import urllib.request
@@ -22,9 +23,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from tqdm import tqdm
 
 from mnist_lit import Refusal
-from mnist_lit.files import appears_whole
-
-MNIST_NAME, SAMPLE_NAME = "mnist", "mnist-sample"  # as everything that a run writes calls them
+from mnist_lit.files import CannotWriteError, remove_unfinished, write_whole
 
 # sha256 of the four raw files (torchvision checks only the compressed ones, and only while it downloads).
 RAW_FILES = {
@@ -57,7 +56,7 @@ def read_mnist(raw: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if (found := sha256((raw / name).read_bytes())) != expected:
             raise Refusal(
                 f"{raw / name} is damaged (sha256 {expected[:12]}… expected, {found[:12]}… found): "
-                "delete it and run again, and it is downloaded anew"
+                f"rm {shlex.quote(str(raw / name))} repairs it, for the next run downloads it anew"
             )
     paths = [str(raw / name) for name in RAW_FILES]
     return read_image_file(paths[0]), read_label_file(paths[1]), read_image_file(paths[2]), read_label_file(paths[3])
@@ -101,15 +100,17 @@ def fetch_missing_files(raw: Path) -> None:
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with FileLock(raw / ".lock"):  # several processes that start together: one downloads
+            remove_unfinished(raw)
             given_up: dict[str, str] = {}
             for name in missing_files(raw):
                 content = _fetch(raw, name, given_up)
-                with appears_whole(raw / name) as temporary:
-                    temporary.write_bytes(content)
+                write_whole(raw / name, content)
     except (FileExistsError, NotADirectoryError) as error:
         raise Refusal(f"{raw} cannot be a folder: there is a file of that name on the way") from error
     except OSError as error:
         raise NotAvailableError(f"cannot write to {raw}: {error.strerror}") from error
+    except CannotWriteError as error:
+        raise NotAvailableError(str(error)) from error
     except NotAvailableError:
         if new_folders:  # a mistyped path leaves nothing behind
             (raw / ".lock").unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lit import Refusal
-from mnist_lit.mnist_files import SAMPLE_NAME
+from mnist_lit.checkpoint_file import read_checkpoint
+from mnist_lit.runs import SAMPLE_NAME
 
 TUTORIAL_MODEL = {"network": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "compiled": True}
 TUTORIAL_OPTIMIZER = {"name": "Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
@@ -81,6 +83,19 @@ class MNISTClassifier(L.LightningModule):
         loss, acc = self._metrics(stage)
         return {f"{stage}/loss": float(loss.compute()), f"{stage}/acc": float(acc.compute())}
 
+    def metric_states(self, stage: str) -> dict[str, dict[str, Tensor]]:
+        """What the metrics have gathered in this epoch so far, over all processes: part of what a run goes on from."""
+        states = {}
+        for name, metric in zip(("loss", "acc"), self._metrics(stage), strict=True):
+            with metric.sync_context():
+                states[name] = {key: value.clone() for key, value in metric.metric_state.items()}
+        return states
+
+    def load_metric_states(self, stage: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, metric in zip(("loss", "acc"), self._metrics(stage), strict=True):
+            for key, value in states[name].items():
+                setattr(metric, key, value.to(metric.device))
+
     def running(self, stage: str) -> dict[str, float]:
         """Mean loss and accuracy of this process's part of the epoch so far: what a progress bar shows."""
         loss, acc = self._metrics(stage)
@@ -104,7 +119,19 @@ class MNISTClassifier(L.LightningModule):
         checkpoint["data"] = self.trained_on
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            Refusal: The weights are those of another network.
+        """
         self.trained_on = checkpoint.get("data", [UNKNOWN_DATA])
+        own, found = self.state_dict(), checkpoint["state_dict"]
+        differences = [f"no {key}" for key in own if key not in found] + [
+            f"{key} {'unknown here' if key not in own else f'{tuple(value.shape)} instead of {tuple(own[key].shape)}'}"
+            for key, value in found.items()
+            if key not in own or value.shape != own[key].shape
+        ]
+        if differences:
+            raise Refusal(f"the checkpoint is of another architecture: {', '.join(differences)}")
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
@@ -123,6 +150,22 @@ class MNISTClassifier(L.LightningModule):
     def _metrics(self, stage: str) -> tuple[Any, Any]:
         group: Any = self.metrics[f"{stage}_metrics"]
         return group["loss"], group["acc"]
+
+
+def load_classifier(path: Path) -> MNISTClassifier:
+    """The model of a checkpoint, on the CPU, wherever it was trained; nothing in the file is executed.
+
+    Raises:
+        Refusal: The file is missing, damaged, not from this project, or its weights are not those of its network.
+    """
+    checkpoint = read_checkpoint(path)
+    arguments = checkpoint.get("hyper_parameters", {})
+    if arguments.keys() != {"model", "optimizer"}:
+        raise Refusal(f"{path} is not a checkpoint of this project: it does not say which network it is of")
+    classifier = MNISTClassifier(**arguments)
+    classifier.on_load_checkpoint(checkpoint)
+    classifier.load_state_dict(checkpoint["state_dict"])
+    return classifier
 
 
 def _facts(loaders: Any) -> dict[str, Any]:

@@ -72,6 +72,7 @@ DEVICES = Rule(
 )
 
 RANGES = {
+    "resume": Rule("latest, a run's folder, or a checkpoint", lambda v: isinstance(v, str) and v != ""),
     "seed": whole(0, 2**32 - 1),
     "data.dir": Rule("the name of a folder", lambda v: isinstance(v, str) and v != ""),
     "data.source": one_of("auto", "mnist", "sample"),
@@ -88,6 +89,8 @@ RANGES = {
     "optimizer.momentum_decay": number(0),
     "optimizer.weight_decay": number(0),
     "optimizer.betas": BETAS,
+    "checkpoint.every_n_steps": whole(1),
+    "checkpoint.every_n_epochs": whole(1),
     "trainer.max_epochs": NO_LIMIT,
     "trainer.min_epochs": whole(1),
     "trainer.max_steps": NO_LIMIT,

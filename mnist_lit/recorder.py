@@ -1,6 +1,7 @@
 """A callback that writes down what each epoch gave and how long it took."""
 
 import csv
+import io
 import logging
 import time
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
+from mnist_lit import Stopped
+from mnist_lit.files import write_whole
 from mnist_lit.progress import epoch_name
 
 log = logging.getLogger(__name__)
@@ -20,16 +24,29 @@ class RunRecorder(L.Callback):
     Attributes:
         history: The rows so far: ``epoch`` (from 1), ``train/loss``, ``train/acc``, with a validation split
             ``val/loss`` and ``val/acc``, and ``epoch_seconds`` from the first to the last training batch, without
-            validation and checkpoints.
+            validation.
         validations: ``epoch``, ``val/loss`` and ``val/acc`` of each time that the model was validated.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.csv"
         self.history: list[dict[str, Any]] = []
-        self._started: float | None = None
-        self._seconds = 0.0
         self.validations: list[dict[str, Any]] = []
+        self._seconds = 0.0  # of this epoch
+        self._started: float | None = None
+        self._fit_seconds = 0.0  # before this process
+        self._fit_started: float | None = None
+
+    @property
+    def fit_seconds(self) -> float:
+        """How long the run has trained, with validation and checkpoints, in all processes that went on with it."""
+        return self._fit_seconds + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._fit_started = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._fit_seconds, self._fit_started = self.fit_seconds, None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seconds = 0.0
@@ -60,10 +77,10 @@ class RunRecorder(L.Callback):
         if trainer.is_global_zero:
             parts = [f"{key} {value:.4f}" for key, value in row.items() if "/" in key]
             log.info("%s  %s  %.1f s", epoch_name(trainer), "  ".join(parts), self._seconds)
-            self._write(trainer, row)
+            self._write(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.is_global_zero and trainer.training:
+        if trainer.is_global_zero and trainer.training and not isinstance(exception, Stopped):
             log.warning("stopped in %s; what there is so far is in %s", epoch_name(trainer), self.path.parent)
 
     def _pause(self, trainer: L.Trainer) -> None:
@@ -71,16 +88,37 @@ class RunRecorder(L.Callback):
             self._seconds += _now(trainer) - self._started
             self._started = None
 
-    def _write(self, trainer: L.Trainer, row: dict[str, Any]) -> None:
+    def _write(self, trainer: L.Trainer) -> None:
+        """All rows each time: a run that goes on from a checkpoint repeats the epochs that came after it."""
         facts = trainer.datamodule.facts  # type: ignore[attr-defined]
         data = {"data": facts["name"], "data_sha256": facts["sha256"]}
         columns = ["epoch", "train/loss", "train/acc", "val/loss", "val/acc", "epoch_seconds", *data]
-        new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerow({**row, **data})
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="")
+        writer.writeheader()
+        writer.writerows({**row, **data} for row in self.history)
+        write_whole(self.path, text.getvalue().encode())
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        begun = not self.history or self.history[-1]["epoch"] <= trainer.current_epoch  # an epoch that has not ended
+        checkpoint["recorded"] = {
+            "history": self.history,
+            "validations": self.validations,
+            "fit_seconds": self.fit_seconds,
+            "seconds": self._seconds + (_now(trainer) - self._started if self._started else 0.0) if begun else 0.0,
+            "metrics": pl_module.metric_states("train") if begun else None,
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # best.ckpt, to be tested
+            return
+        recorded = checkpoint["recorded"]
+        self.history, self.validations = recorded["history"], recorded["validations"]
+        self._seconds, self._fit_seconds = recorded["seconds"], recorded["fit_seconds"]
+        if (
+            recorded["metrics"] and trainer.is_global_zero
+        ):  # what is there is of all processes, so the others begin with nothing
+            pl_module.load_metric_states("train", recorded["metrics"])
 
 
 def _logged(trainer: L.Trainer, stage: str) -> dict[str, float]:

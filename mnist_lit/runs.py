@@ -1,18 +1,23 @@
 """The folder of a run: how it is claimed, what stands in it, and how its files are written."""
 
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mnist_lit import Refusal, __version__
-from mnist_lit.files import appears_whole
+from mnist_lit.files import CannotWriteError, remove_unfinished, write_whole
 
+MNIST_NAME, SAMPLE_NAME = "mnist", "mnist-sample"  # as everything that a run writes calls the data
+BEST, LAST, PREVIOUS, NEW = (f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous", "new"))
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy")
 
 
@@ -43,21 +48,67 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.yaml", "metrics.json", "multirun.yaml"))
 
 
+def shown(folder: Path) -> str:
+    """``folder`` as short as it can be typed here."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+
+
 def begin(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:
     """Mark ``folder`` as a run's own by writing its resolved configuration, ``config.yaml``.
 
     Raises:
         Refusal: The folder holds a run already, or cannot be written.
     """
-    head = f"# data: {data_facts['name']}, sha256 {data_facts['sha256']}\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "config.yaml").open("x", encoding="utf-8") as file:
-            file.write(head + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        with (folder / "config.yaml").open("x", encoding="utf-8") as file:  # x: of two runs that begin, one does
+            file.write(_config_text(config, data_facts))
     except FileExistsError as error:
         raise Refusal(f"{folder} holds a run already: choose another hydra.run.dir") from error
     except OSError as error:
-        raise Refusal(f"cannot write to {folder}: {error.strerror}") from error
+        raise CannotWriteError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def go_on(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:
+    """Prepare the run in ``folder`` for being continued: its configuration may have been changed, its data not.
+
+    Raises:
+        Refusal: The data are others, or the folder cannot be written.
+    """
+    head = (folder / "config.yaml").read_text(encoding="utf-8").splitlines()[0]
+    if head != _head(data_facts):
+        raise Refusal(
+            f"{folder} was trained on other data ({head.removeprefix('# data: ')}) than those that are here "
+            f"({_head(data_facts).removeprefix('# data: ')})"
+        )
+    for place in (folder, folder / "checkpoints"):
+        remove_unfinished(place)
+    write_whole(folder / "config.yaml", _config_text(config, data_facts).encode())
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """In this block no other process can train a run in ``folder``; the system lifts the lock when this one ends.
+
+    Raises:
+        Refusal: Another process does, or the folder cannot be made.
+    """
+    make(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise Refusal(f"{folder}: another process trains this run") from error
+    finally:
+        os.close(handle)
+
+
+def _config_text(config: dict[str, Any], data_facts: dict[str, Any]) -> str:
+    return f"{_head(data_facts)}\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}"
+
+
+def _head(data_facts: dict[str, Any]) -> str:
+    return f"# data: {data_facts['name']}, sha256 {data_facts['sha256']}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -65,8 +116,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     content = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()
     }
-    with appears_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def versions() -> dict[str, str]:

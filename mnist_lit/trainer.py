@@ -12,9 +12,9 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import loggers
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mnist_lit import Refusal
+from mnist_lit.checkpoints import WholeFiles
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.progress import ProgressBar
 
@@ -24,12 +24,14 @@ def build_trainer(
     arguments: dict[str, Any],
     logger: dict[str, dict[str, Any]] | None,
     callbacks: list[L.Callback],
+    resumed: bool = False,
 ) -> L.Trainer:
     """A Trainer that writes into ``folder`` and shows a bar on a terminal.
 
     Args:
         arguments: Lightning's own.
         logger: The chosen loggers' names with their own arguments.
+        resumed: Whether a run in this folder goes on.
 
     Raises:
         Refusal: Lightning does not take an argument, or this machine lacks the device or a logger's package.
@@ -38,9 +40,15 @@ def build_trainer(
     shows_bar = arguments["enable_progress_bar"] and sys.stdout.isatty()
     try:
         trainer = L.Trainer(
-            **{**arguments, "enable_progress_bar": shows_bar, "enable_model_summary": False},
+            **{
+                **arguments,
+                "enable_progress_bar": shows_bar,
+                "enable_model_summary": False,
+                "enable_checkpointing": True,  # Lightning wants this where a callback could write one
+            },
+            plugins=[WholeFiles()],
             callbacks=[*callbacks, ProgressBar()] if shows_bar else callbacks,
-            logger=[_logger(name, folder, options) for name, options in (logger or {}).items()],
+            logger=[_logger(name, folder, options, resumed) for name, options in (logger or {}).items()],
             default_root_dir=folder,
             use_distributed_sampler=False,  # the loaders share a batch out among the processes themselves
         )
@@ -76,18 +84,6 @@ def check_batches(trainer: L.Trainer, data: MNISTDataModule, arguments: dict[str
         )
 
 
-def last_checkpoint(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-    )
-
-
-def best_checkpoint(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        folder / "checkpoints", filename="best", monitor="val/acc", mode="max", enable_version_counter=False
-    )
-
-
 def device_name(trainer: L.Trainer) -> str:
     device = trainer.strategy.root_device
     if device.type == "cuda":
@@ -113,11 +109,12 @@ def _says_something(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("\N{ELECTRIC LIGHT BULB} Tip")
 
 
-def _logger(name: str, folder: Path, options: dict[str, Any]) -> Any:
+def _logger(name: str, folder: Path, options: dict[str, Any], resumed: bool) -> Any:
     try:
         match name:
-            case "csv":
-                return loggers.CSVLogger(folder, name="csv", version="", **options)
+            case "csv":  # it deletes what it finds in its folder
+                parts = len(list(folder.glob("csv*"))) + 1 if resumed else 1
+                return loggers.CSVLogger(folder, name="csv" if parts == 1 else f"csv_{parts}", version="", **options)
             case "tensorboard":
                 return loggers.TensorBoardLogger(folder, name="tensorboard", version="", **options)
             case "wandb":

@@ -44,7 +44,10 @@ def test_fast_dev_run_ends_with_the_tutorials_two_lines_in_a_folder_of_any_name(
 
     again = command(*QUICK, "hydra.run.dir=Läufe, seed=1 (neu)/a", cwd=tmp_path)
     assert again.returncode == 1
-    assert again.stderr == "train: Läufe, seed=1 (neu)/a holds a run already: choose another hydra.run.dir\n"
+    assert again.stderr == (
+        "train: Läufe, seed=1 (neu)/a holds a run already: choose another hydra.run.dir, or go on with it: "
+        "resume=Läufe, seed=1 (neu)/a\n"
+    )
 
 
 def test_full_data_from_the_command_line(full_data_dir: str, tmp_path: Path) -> None:
@@ -79,7 +82,7 @@ def test_a_run_that_is_refused_late_leaves_no_folder(tmp_path: Path) -> None:
         assert not (tmp_path / "outputs").exists() or list((tmp_path / "outputs").iterdir()) == []
 
 
-def test_two_runs_of_the_same_second_get_two_folders(tmp_path: Path) -> None:
+def test_27_two_runs_of_the_same_second_get_two_folders(tmp_path: Path) -> None:
     from mnist_lit.runs import claim
 
     folders = [claim(tmp_path / "outputs" / "2026-01-01_00-00-00") for _ in range(3)]
@@ -143,7 +146,7 @@ def test_several_processes_in_a_sweep_are_refused(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("train: a sweep (-m) cannot start several processes")
 
 
-def test_folders_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
+def test_06_folders_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for arguments in (["hydra.run.dir=file"], ["hydra.run.dir=file/run"], ["-m", "seed=0,1", "hydra.sweep.dir=file"]):
         done = command("data.source=sample", *arguments, cwd=tmp_path)

@@ -61,7 +61,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("overrides", "sentence"), REFUSALS)
-def test_mistakes_are_refused_in_one_sentence(overrides: str, sentence: str) -> None:
+def test_28_mistakes_are_refused_in_one_sentence(overrides: str, sentence: str) -> None:
     with pytest.raises(Refusal) as refusal:
         settings("train", *overrides.split())
     assert str(refusal.value).startswith(sentence)

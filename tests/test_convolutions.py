@@ -291,14 +291,17 @@ def test_a_cpu_without_a_library_of_its_own_takes_the_next_lower_one(monkeypatch
 
 
 def test_a_training_run_with_and_without_it_agrees(tmp_path: Path) -> None:
-    """Dropout draws the same on both sides, so only rounding is between them."""
+    """Dropout draws the same on both sides, so rounding is between them, and which of nearly equal values of a window
+    takes the gradient. Over six seeds the training losses differed by at most 1e-5; the test loss comes after six of
+    Adadelta's first, wild steps, and differed by at most 1.3e-4.
+    """
     from mnist_lit.train import train
 
     with_it, without = (
         train(tmp_path / str(compiled), **small(f"model.compiled={compiled}")) for compiled in (True, False)
     )
-    for key in ("train/loss", "test/loss"):
-        assert with_it[key] == pytest.approx(without[key], rel=1e-4)
+    assert with_it["train/loss"] == pytest.approx(without["train/loss"], rel=2e-5)
+    assert with_it["test/loss"] == pytest.approx(without["test/loss"], rel=5e-4)
     assert with_it["test/acc"] == pytest.approx(without["test/acc"], abs=0.011)  # of 200 images
 
 

@@ -87,7 +87,7 @@ def test_stratified_choice_keeps_proportions_to_within_one() -> None:
 
 
 @pytest.mark.parametrize("val_size", [4000, 5000, -1])
-def test_a_split_that_leaves_nothing_to_train_on_is_refused(val_size: int) -> None:
+def test_29_a_split_that_leaves_nothing_to_train_on_is_refused(val_size: int) -> None:
     with pytest.raises(Refusal, match=f"data.val_size={val_size}: must be from 0 to 3999"):
         MNISTDataModule(source="sample", val_size=val_size).setup()
 
@@ -120,7 +120,7 @@ def test_full_data_have_exact_counts_and_contain_the_sample_in_training(full_dat
         assert all(bytes(image) in training for image in images.flatten(1).numpy())
 
 
-def test_a_read_only_data_folder_works(full_data_dir: str, tmp_path: Path) -> None:
+def test_20_a_read_only_data_folder_works(full_data_dir: str, tmp_path: Path) -> None:
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for file in (Path(full_data_dir) / "MNIST" / "raw").iterdir():

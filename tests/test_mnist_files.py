@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import http.server
 import logging
+import os
+import signal
 import socket
 import struct
 import threading
@@ -127,7 +129,7 @@ def test_gz_files_put_there_by_hand_are_used(tiny: dict[str, bytes], no_mirror: 
     assert len(read_mnist(tmp_path)[0]) == 200
 
 
-def test_auto_warns_and_takes_the_sample_when_no_mirror_answers(no_mirror: str, tmp_path: Path, caplog) -> None:
+def test_17_auto_warns_and_takes_the_sample_when_no_mirror_answers(no_mirror: str, tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         data = MNISTDataModule(dir=str(tmp_path), source="auto")
         data.prepare_data()
@@ -137,14 +139,16 @@ def test_auto_warns_and_takes_the_sample_when_no_mirror_answers(no_mirror: str, 
     assert caplog.text.count("NOT THE FULL MNIST") == 1 and no_mirror in caplog.text
 
 
-def test_mnist_refuses_when_no_mirror_answers_and_says_where_to_put_the_files(no_mirror: str, tmp_path: Path) -> None:
+def test_17_mnist_refuses_when_no_mirror_answers_and_says_where_to_put_the_files(
+    no_mirror: str, tmp_path: Path
+) -> None:
     with pytest.raises(Refusal, match="could not be downloaded") as refusal:
         MNISTDataModule(dir=str(tmp_path), source="mnist").prepare_data()
     assert no_mirror in str(refusal.value) and str(tmp_path / "MNIST" / "raw") in str(refusal.value)
 
 
 @pytest.mark.parametrize("trouble", ["sends nothing", "stops half-way", "trickles"])
-def test_a_mirror_that_hangs_is_given_up_in_time(mirror: Mirror, tmp_path: Path, monkeypatch, trouble: str) -> None:
+def test_17_a_mirror_that_hangs_is_given_up_in_time(mirror: Mirror, tmp_path: Path, monkeypatch, trouble: str) -> None:
     mirror.trouble = trouble
     monkeypatch.setattr(mnist_files, "SECONDS_TO_ANSWER", 0.5)
     started = time.monotonic()
@@ -154,13 +158,13 @@ def test_a_mirror_that_hangs_is_given_up_in_time(mirror: Mirror, tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # no half a file
 
 
-def test_two_mirrors_that_hang_are_given_up_within_a_minute() -> None:
+def test_17_two_mirrors_that_hang_are_given_up_within_a_minute() -> None:
     to_begin_and_to_go_on = 2
     assert len(MNIST.mirrors) * to_begin_and_to_go_on * mnist_files.SECONDS_TO_ANSWER < 60
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "train and test swapped"])
-def test_damaged_files_are_refused_by_name(tiny: dict[str, bytes], tmp_path: Path, damage: str) -> None:
+def test_14_damaged_files_are_refused_by_name(tiny: dict[str, bytes], tmp_path: Path, damage: str) -> None:
     name = "t10k-images-idx3-ubyte"
     contents = dict(tiny)
     match damage:
@@ -172,11 +176,55 @@ def test_damaged_files_are_refused_by_name(tiny: dict[str, bytes], tmp_path: Pat
             contents[name] = contents["train-images-idx3-ubyte"]
     for file, content in contents.items():
         (tmp_path / file).write_bytes(content)
-    with pytest.raises(Refusal, match=rf"{name} is damaged \(sha256 .* expected, .* found\): delete it"):
+    with pytest.raises(Refusal, match=rf"{name} is damaged \(sha256 .* expected, .* found\): rm .* repairs it"):
         read_mnist(tmp_path)
 
 
-def test_leftover_processed_files_are_not_read(tiny: dict[str, bytes], tmp_path: Path) -> None:
+def test_16_labels_above_9_and_other_counts_are_found_when_the_data_are_set_up(tiny, tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    name = "train-labels-idx1-ubyte"
+    for wrong in (tiny[name][:-1] + b"\x0b", tiny[name] + b"\x01"):
+        for file, content in {**tiny, name: wrong}.items():
+            (raw / file).write_bytes(content)
+        data = MNISTDataModule(dir=str(tmp_path), source="mnist")
+        data.prepare_data()
+        with pytest.raises(Refusal, match=f"{name} is damaged"):
+            data.setup()
+
+
+def fetching(raw: Path) -> int:
+    """A process that fetches what is missing; returns its id."""
+    if process := os.fork():
+        return process
+    code = 1
+    try:
+        fetch_missing_files(raw)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def test_18_four_processes_that_start_together_download_once(tiny, mirror: Mirror, tmp_path: Path) -> None:
+    codes = [os.waitpid(process, 0)[1] for process in [fetching(tmp_path) for _ in range(4)]]
+    assert codes == [0, 0, 0, 0] and len(mirror.asked) == 4 and not missing_files(tmp_path)
+
+
+def test_19_killed_while_downloading_the_next_run_repairs_it(tiny, mirror: Mirror, tmp_path: Path) -> None:
+    mirror.trouble = "stops half-way"
+    process = fetching(tmp_path)
+    while not mirror.asked:
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    (tmp_path / ".part-x").write_bytes(b"half a file")  # as if it had been killed while it wrote
+    mirror.trouble = None
+    fetch_missing_files(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*tiny, ".lock"}
+    assert len(read_mnist(tmp_path)[0]) == 200
+
+
+def test_15_leftover_processed_files_are_not_read(tiny: dict[str, bytes], tmp_path: Path) -> None:
     raw, processed = tmp_path / "MNIST" / "raw", tmp_path / "MNIST" / "processed"
     raw.mkdir(parents=True)
     processed.mkdir()

@@ -1,0 +1,63 @@
+"""Reading a checkpoint's file: nothing in it is executed, and what is damaged is refused."""
+
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from mnist_lit import Refusal
+
+# What zipfile raises where a file's structure is wrong, besides BadZipFile.
+BROKEN = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
+
+
+def trouble(path: Path) -> str:
+    """Why ``path`` is not a whole checkpoint; empty if it is one.
+
+    PyTorch's files are zip archives with a checksum of each tensor inside, which its own reader does not compare.
+    """
+    if path.is_dir():
+        return f"{path} is a folder, not a checkpoint"
+    if not path.is_file():
+        return f"{path}: there is no such file"
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        return f"{path} is empty, not a checkpoint"
+    if start != b"PK\3\4":
+        return f"{path} is not a checkpoint"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except zipfile.BadZipFile as error:
+        return f"{path} is damaged ({str(error).rstrip('.')})"
+    except BROKEN as error:
+        return f"{path} is damaged ({error or type(error).__name__})"
+    return f"{path} is damaged (the checksum of {wrong} is wrong)" if wrong else ""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, its tensors on the CPU.
+
+    Raises:
+        Refusal: It is missing, damaged, no checkpoint of Lightning, or holds more than tensors and plain values.
+    """
+    import torch
+
+    if reason := trouble(path):
+        raise Refusal(reason)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise Refusal(
+            f"{path} holds more than tensors and plain values, and reading that would execute it: nothing was read"
+        ) from error
+    except (RuntimeError, KeyError, ValueError, EOFError) as error:
+        raise Refusal(f"{path} is not a checkpoint ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise Refusal(f"{path} is not a checkpoint of this project: it has no state_dict")
+    if "_instantiator" in content.get("hyper_parameters", {}):  # names a function that Lightning would call
+        raise Refusal(f"{path} says by itself what is to be called to load it: refused, and nothing of it was called")
+    return content

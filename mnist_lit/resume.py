@@ -1,0 +1,126 @@
+"""``resume=``: which run goes on, from which checkpoint, and with which configuration."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mnist_lit import Refusal, runs
+from mnist_lit.checkpoint_file import trouble
+from mnist_lit.configuration import flat
+
+log = logging.getLogger(__name__)
+
+# What may change without making it another run: where the data are (their checksum is compared), what is shown and
+# recorded, and what it runs on, though with another device or another number of threads the bits will differ.
+FREE = (
+    *("resume", "data.dir", "data.source", "logger", "checkpoint", "model.compiled"),
+    *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
+    *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has begun.
+
+    Attributes:
+        folder: Its folder.
+        start: The checkpoint to go on from, or the folder itself where there is none yet.
+        config: What ``config.yaml`` has.
+    """
+
+    folder: Path
+    start: Path
+    config: dict[str, Any]
+
+
+def find(wanted: str, outputs: Path) -> Run:
+    """The run that ``resume=`` means.
+
+    Args:
+        wanted: ``latest``, a run's folder, or a checkpoint in one.
+        outputs: The folder with the runs, for ``latest``.
+
+    Raises:
+        Refusal: There is no such run, or its checkpoint is damaged; then the message names the newest whole one.
+    """
+    path = Path(wanted)
+    if wanted == "latest" and not path.exists():
+        begun = sorted(outputs.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime)
+        if not begun:
+            raise Refusal(f"resume=latest: there is no run in {outputs}")
+        path = begun[-1].parent
+    elif not path.exists():
+        raise Refusal(f"resume={wanted}: there is no such run or checkpoint")
+    folder = path if path.is_dir() else path.parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise Refusal(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if path.is_file():
+        if reason := trouble(path):
+            raise Refusal(f"resume={wanted}: {reason}{_another(folder, path)}")
+        return Run(folder, path, config)
+    there = [folder / name for name in (runs.LAST, runs.PREVIOUS) if (folder / name).exists()]
+    if there and (reason := trouble(there[0])):
+        raise Refusal(f"resume={wanted}: {reason}{_another(folder, there[0])}")
+    return Run(folder, there[0] if there else folder, config)
+
+
+def _another(folder: Path, damaged: Path) -> str:
+    """Which checkpoint of the run is whole, the newest first."""
+    others = [folder / name for name in (runs.LAST, runs.PREVIOUS, runs.BEST)]
+    for path in others:
+        if path != damaged and not trouble(path):
+            return f"; the newest whole one: resume={path}"
+    return "; there is no whole one in this run"
+
+
+def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any]:
+    """The configuration to go on with: the run's own, with what may change and was typed.
+
+    Args:
+        asked: The configuration of the command line.
+        typed: The keys in it that were given there, as ``flat`` names them.
+
+    Raises:
+        Refusal: A key was typed whose value would make it another run; all of them are named.
+    """
+    own, new = flat(run.config), flat(asked)
+    different = sorted(key for key in typed if own.get(key) != new.get(key))
+    epochs = "trainer.max_epochs"
+    other = [key for key in different if not _is_free(key) and key != epochs]
+    if other:
+        differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)
+        raise Refusal(f"{run.folder} is another run: {differences}; leave these out to go on with it")
+    if epochs in different and (own[epochs] == -1 or 0 < new[epochs] < own[epochs]):
+        had = "no limit of epochs" if own[epochs] == -1 else f"{own[epochs]} epochs"
+        raise Refusal(f"{run.folder} was to have {had}: it can be given more, not fewer")
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
+    for key in different:
+        section, _, name = key.partition(".")
+        if section == "logger":  # as a whole: each logger has keys of its own
+            values["logger"] = asked["logger"]
+        elif name:
+            values[section][name] = new[key]
+    return {**values, "resume": str(run.start)}
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def compare_machines(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn of what makes the bits of a run differ from those that it would have had without a stop.
+
+    Raises:
+        Refusal: Another number of processes: each has its own share of a batch and of dropout's draws.
+    """
+    if before["processes"] != now["processes"]:
+        raise Refusal(f"the run had {before['processes']} processes and not {now['processes']}")
+    old, new = flat(before), flat(now)
+    changed = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in new if old.get(key) != new.get(key)]
+    if changed:
+        log.warning("another machine: %s; the run goes on, but its last bits may differ", ", ".join(changed))

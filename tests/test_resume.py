@@ -1,0 +1,297 @@
+"""Runs that are stopped, killed or damaged, and go on; the numbers are the rows of docs/faults.md."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, small
+from soak import MEASURED, PHASES, outcome
+from test_commands import command
+
+from mnist_lit import Refusal, Stopped, runs
+from mnist_lit.model import MNISTClassifier
+from mnist_lit.randomness import SeedEachBatch
+from mnist_lit.resume import continued, find
+from mnist_lit.train import train
+
+VARIANTS = {
+    "plain": [],
+    "validated": ["data.val_size=200"],
+    "validated within the epoch": ["data.val_size=200", "trainer.val_check_interval=2"],
+    "two batches a step": ["trainer.accumulate_grad_batches=2"],
+    "so many steps": ["trainer.max_steps=6"],
+}
+
+
+class Batches:
+    """Which batches a run was given, in order; sends itself a signal in the step that is to be the last."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[int, int, int]] = []
+        self.stop_at: int | None = None
+        original = MNISTClassifier.training_step
+
+        def training_step(model: Any, batch: Any, batch_idx: int) -> Any:
+            self.seen.append((model.current_epoch, batch_idx, hash(batch[0].numpy().tobytes())))
+            if len(self.seen) == self.stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(model, batch, batch_idx)
+
+        monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
+
+    def stopped_run(self, folder: Path, at: int, settings: dict[str, Any]) -> Stopped:
+        self.stop_at = at
+        with pytest.raises(Stopped) as stopped:
+            train(folder, **settings)
+        self.stop_at = None
+        return stopped.value
+
+
+def final(folder: Path) -> Any:
+    """Weights, optimizer's state and what was recorded, all but seconds, as bytes and plain values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.numpy().tobytes()
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items() if key not in MEASURED}
+        return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    content = torch.load(folder / runs.LAST, weights_only=True)
+    results = json.loads((folder / "metrics.json").read_text())
+    return plain([content["state_dict"], content["optimizer_states"], content["recorded"], results])
+
+
+def resumed(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    return train(folder, **{**settings, "resume": str(find(str(folder), folder.parent).start)})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_01_stopped_at_any_step_a_run_goes_on_with_the_same_bits(variant: str, tmp_path: Path, monkeypatch) -> None:
+    settings = small("trainer.limit_train_batches=4", *VARIANTS[variant])
+    batches = Batches(monkeypatch)
+    train(tmp_path / "whole", **settings)
+    expected, order = final(tmp_path / "whole"), batches.seen[:]
+    for step in range(1, len(order) + 1):
+        batches.seen.clear()
+        folder = tmp_path / f"stopped at {step}"
+        batches.stopped_run(folder, step, settings)
+        resumed(folder, settings)
+        assert final(folder) == expected and batches.seen == order, step
+
+
+def test_01_control_without_the_rule_for_dropout_the_bits_differ(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(SeedEachBatch, "on_train_batch_start", lambda *_: None)
+    settings = small("trainer.limit_train_batches=4")
+    batches = Batches(monkeypatch)
+    train(tmp_path / "whole", **settings)
+    batches.seen.clear()
+    batches.stopped_run(tmp_path / "stopped", 2, settings)
+    resumed(tmp_path / "stopped", settings)
+    assert final(tmp_path / "stopped") != final(tmp_path / "whole")
+
+
+def test_01_stopped_twice_and_without_any_checkpoint_yet(tmp_path: Path, monkeypatch, finished_run: Path) -> None:
+    batches = Batches(monkeypatch)
+    folder = tmp_path / "run"
+    batches.stopped_run(folder, 2, small())
+    batches.stop_at = 4
+    with pytest.raises(Stopped):
+        resumed(folder, small())
+    batches.stop_at = None
+    resumed(folder, small())
+    assert final(folder) == final(finished_run)
+
+    (tmp_path / "begun").mkdir()
+    shutil.copy(finished_run / "config.yaml", tmp_path / "begun")
+    resumed(tmp_path / "begun", small())
+    assert final(tmp_path / "begun") == final(finished_run)
+
+
+def test_01_02_killed_at_random_moments() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "tests/soak.py", "9", str(time.time_ns() % 1000)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.endswith("9 of 9 equal\n"), done.stdout + done.stderr
+    for phase in PHASES[1:]:
+        assert re.search(f"killed {phase}: [1-9]", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)])
+def test_03_04_a_signal_stops_at_the_end_of_the_step_and_says_how_to_go_on(
+    number: int, name: str, code: int, tmp_path: Path
+) -> None:
+    process = started(tmp_path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in errors
+    sentence = errors.splitlines()[-1]
+    found = re.fullmatch(
+        rf"train: stopped by {name} after step (\d+) \(epoch \d+/9999\); "
+        r"go on with: python -m mnist_lit.train (resume=outputs/\S+)",
+        sentence,
+    )
+    assert found, errors
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert torch.load(folder / runs.LAST, weights_only=True)["global_step"] == int(found[1])
+    # Going on with what the sentence says is refused for the number of epochs alone, so it found the run.
+    done = command(found[2], "trainer.max_epochs=1", cwd=tmp_path)
+    assert (
+        done.stderr
+        == f"train: {folder.relative_to(tmp_path)} was to have 9999 epochs: it can be given more, not fewer\n"
+    )
+
+
+def test_04_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    process = started(tmp_path, "data.batch_size=4000")  # a step of some seconds
+    for _ in range(2):
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("train: stopped at once by Ctrl-C")
+
+
+def started(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
+    """A run without end, in its steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mnist_lit.train", "data.source=sample", "trainer.max_epochs=9999", *overrides],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # The shell that the tests were started from may have had it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            return process
+    raise AssertionError(process.communicate()[1])
+
+
+def test_12_what_would_be_another_run_is_refused_and_what_may_change_is_taken(finished_run: Path) -> None:
+    run = find(str(finished_run), finished_run.parent)
+    asked = small("data.batch_size=64", "seed=7", "data.val_size=10", "trainer.max_epochs=5", "logger=csv")
+    with pytest.raises(Refusal) as refused:
+        continued(run, asked, {"data.batch_size", "seed", "data.val_size", "trainer.max_epochs"})
+    for part in ("data.batch_size was 100 and not 64", "seed was 0 and not 7", "data.val_size was 0 and not 10"):
+        assert part in str(refused.value)
+    assert "max_epochs" not in str(refused.value)
+    config = continued(run, asked, {"trainer.max_epochs", "logger.csv"})
+    assert config["trainer"]["max_epochs"] == 5 and config["data"]["batch_size"] == 100
+    with pytest.raises(Refusal, match="more, not fewer"):
+        continued(run, small("trainer.max_epochs=1"), {"trainer.max_epochs"})
+
+
+def test_12_other_data_and_another_number_of_processes_are_refused(finished_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    settings = small("trainer.max_epochs=3")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("sha256 3", "sha256 4", 1))
+    with pytest.raises(Refusal, match="was trained on other data"):
+        resumed(folder, settings)
+    (folder / "config.yaml").write_text(config)
+    content = torch.load(folder / runs.LAST, weights_only=True)
+    content["machine"]["processes"] = 2
+    torch.save(content, folder / runs.LAST)
+    with pytest.raises(Refusal, match="had 2 processes and not 1"):
+        resumed(folder, settings)
+
+
+def test_12_another_version_is_a_warning(finished_run: Path, tmp_path: Path, caplog) -> None:
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    content = torch.load(folder / runs.LAST, weights_only=True)
+    content["machine"]["versions"]["torch"] = "1.0"
+    torch.save(content, folder / runs.LAST)
+    resumed(folder, small("trainer.max_epochs=3"))
+    assert "versions.torch 1.0 before" in caplog.text
+
+
+def test_13_latest_where_there_is_none_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="there is no run in"):
+        find("latest", tmp_path)
+    with pytest.raises(Refusal, match="there is no such run"):
+        find(str(tmp_path / "nowhere"), tmp_path)
+    with pytest.raises(Refusal, match="no run has begun"):
+        find(str(tmp_path), tmp_path)
+
+
+def test_a_finished_run_shows_its_results_and_takes_more_epochs(finished_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished_run, tmp_path / "outputs" / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = command("resume=latest", cwd=tmp_path)
+    assert done.returncode == 0 and "outputs/run is finished:" in done.stdout and "final weights" in done.stdout
+    assert all(path.read_bytes() == content for path, content in before.items())
+    more = small("trainer.max_epochs=4")
+    resumed(folder, more)
+    train(tmp_path / "whole", **more)
+    assert final(folder) == final(tmp_path / "whole")
+
+
+def test_killed_between_the_last_step_and_the_results_only_those_are_made(
+    validated_run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    folder = shutil.copytree(validated_run, tmp_path / "run")
+    for name in ("metrics.json", "learning_curve.png"):
+        (folder / name).unlink()
+    batches = Batches(monkeypatch)
+    import yaml
+
+    resumed(folder, yaml.safe_load((folder / "config.yaml").read_text()))
+    assert batches.seen == [] and outcome(folder) == outcome(validated_run)
+
+
+def test_a_run_that_is_in_use_is_refused(finished_run: Path) -> None:
+    with runs.in_use(finished_run), pytest.raises(Refusal, match="another process"), runs.in_use(finished_run):
+        pass
+
+
+def test_21_a_loss_that_is_not_finite_ends_the_run_with_the_facts(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Refusal, match=r"not finite (at|after) step \d+ \(epoch 1/2\)"):
+        train(folder, **small("optimizer=sgd", "optimizer.lr=1e30", "data.val_size=200"))
+    assert not (folder / runs.LAST).exists() and not (folder / runs.BEST).exists()
+    assert not (folder / "metrics.json").exists()
+
+
+def test_21_the_checkpoints_from_before_are_kept(tmp_path: Path, monkeypatch) -> None:
+    original = MNISTClassifier.training_step
+
+    def training_step(model: Any, batch: Any, batch_idx: int) -> Any:
+        loss = original(model, batch, batch_idx)
+        return loss * float("inf") if (model.current_epoch, batch_idx) == (1, 1) else loss
+
+    monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
+    folder = tmp_path / "run"
+    with pytest.raises(Refusal, match=r"the loss is not finite at step 5 \(epoch 2/2\), with optimizer.lr=1"):
+        train(folder, **small("data.val_size=200"))
+    for name in (runs.LAST, runs.BEST):
+        content = torch.load(folder / name, weights_only=True)
+        assert content["global_step"] == 3
+        assert all(value.isfinite().all() for value in content["state_dict"].values())
+
+
+def test_27_a_second_run_of_the_same_folder_and_a_sweep_cannot_resume(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "outputs" / "run")
+    for arguments, sentence in (
+        (["hydra.run.dir=outputs/run"], "train: outputs/run holds a run already: choose another hydra.run.dir, or"),
+        (["-m", "resume=latest", "seed=1,2"], "train: resume= goes on with one run"),
+        (["resume=latest", "hydra.run.dir=x"], "train: resume= goes on in the run's own folder"),
+    ):
+        done = command(*arguments, cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr.startswith(sentence)
