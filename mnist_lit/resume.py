@@ -60,6 +60,8 @@ def find(wanted: str, outputs: Path) -> Run:
         raise Refusal(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     if path.is_file():
+        if path.name == Path(runs.BEST).name:  # it is from within a validation, where Lightning cannot go on exactly
+            raise Refusal(f"resume={wanted}: the best weights are to be tested, not gone on with: resume={folder}")
         if reason := trouble(path):
             raise Refusal(f"resume={wanted}: {reason}{_another(folder, path)}")
         return Run(folder, path, config)
@@ -71,8 +73,7 @@ def find(wanted: str, outputs: Path) -> Run:
 
 def _another(folder: Path, damaged: Path) -> str:
     """Which checkpoint of the run is whole, the newest first."""
-    others = [folder / name for name in (runs.LAST, runs.PREVIOUS, runs.BEST)]
-    for path in others:
+    for path in (folder / runs.LAST, folder / runs.PREVIOUS):
         if path != damaged and not trouble(path):
             return f"; the newest whole one: resume={path}"
     return "; there is no whole one in this run"

@@ -231,6 +231,21 @@ def test_13_latest_where_there_is_none_is_an_error(tmp_path: Path) -> None:
         find(str(tmp_path), tmp_path)
 
 
+def test_the_best_checkpoint_is_not_to_be_gone_on_with_and_the_one_before_is(
+    validated_run: Path, tmp_path: Path
+) -> None:
+    import yaml
+
+    with pytest.raises(Refusal, match="to be tested, not gone on with"):
+        find(str(validated_run / runs.BEST), validated_run.parent)
+    folder = shutil.copytree(validated_run, tmp_path / "run")
+    (folder / "metrics.json").unlink()
+    run = find(str(folder / runs.PREVIOUS), tmp_path)
+    assert run.start == folder / runs.PREVIOUS
+    train(folder, **{**yaml.safe_load((folder / "config.yaml").read_text()), "resume": str(run.start)})
+    assert outcome(folder) == outcome(validated_run)
+
+
 def test_a_finished_run_shows_its_results_and_takes_more_epochs(finished_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished_run, tmp_path / "outputs" / "run")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
