@@ -103,22 +103,27 @@ def kill_somewhere(folder: Path, phase: int, draw: random.Random) -> int | None:
     return shared[0] if wait(process) == -signal.SIGKILL else None
 
 
+def comparable(value: Any) -> Any:
+    """``value`` without what was measured, and with the bytes of tensors in their place."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: comparable(each) for key, each in value.items() if key not in MEASURED}
+    return [comparable(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 def outcome(folder: Path) -> Any:
     """All that a run ends with, but for what was measured."""
     import torch
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.numpy().tobytes()
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items() if key not in MEASURED}
-        return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-    files = {name: torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True) for name in ("last", "best")}
+    paths = [path for name in ("last", "best") if (path := folder / f"checkpoints/{name}.ckpt").exists()]
+    files = [torch.load(path, weights_only=True) for path in paths]
     table = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
     column = table[0].index("epoch_seconds")
     rows = [row[:column] + row[column + 1 :] for row in table]
-    return plain([files, rows, json.loads((folder / "metrics.json").read_text())])
+    return comparable([files, rows, json.loads((folder / "metrics.json").read_text())])
 
 
 def main(kills: int = 100, seed: int = 0) -> None:

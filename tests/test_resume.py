@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, small
-from soak import MEASURED, PHASES, outcome
+from soak import PHASES, comparable, outcome
 from test_commands import command
 
 from mnist_lit import Refusal, Stopped, runs
@@ -57,18 +57,10 @@ class Batches:
 
 
 def final(folder: Path) -> Any:
-    """Weights, optimizer's state and what was recorded, all but seconds, as bytes and plain values."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.numpy().tobytes()
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items() if key not in MEASURED}
-        return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
-
+    """Weights, optimizer's state, what was recorded and the results, without what was measured."""
     content = torch.load(folder / runs.LAST, weights_only=True)
     results = json.loads((folder / "metrics.json").read_text())
-    return plain([content["state_dict"], content["optimizer_states"], content["recorded"], results])
+    return comparable([content["state_dict"], content["optimizer_states"], content["recorded"], results])
 
 
 def resumed(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
