@@ -4,6 +4,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,30 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if "_instantiator" in content.get("hyper_parameters", {}):  # names a function that Lightning would call
         raise Refusal(f"{path} says by itself what is to be called to load it: refused, and nothing of it was called")
     return content
+
+
+def hyper_parameters(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The sections ``model`` and ``optimizer`` of the configuration that a checkpoint was trained with.
+
+    Raises:
+        Refusal: It does not have them.
+    """
+    arguments: dict[str, Any] = checkpoint.get("hyper_parameters", {})
+    if arguments.keys() != {"model", "optimizer"}:
+        raise Refusal(f"{path} is not a checkpoint of this project: it does not say which network it is of")
+    return arguments
+
+
+def require_same_shapes(own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Compare the names and shapes of the tensors ``found`` in a checkpoint with the network's ``own``.
+
+    Raises:
+        Refusal: Names every difference.
+    """
+    differences = [f"no {key}" for key in own if key not in found] + [
+        f"{key} {'unknown here' if key not in own else f'{tuple(value.shape)} instead of {tuple(own[key].shape)}'}"
+        for key, value in found.items()
+        if key not in own or value.shape != own[key].shape
+    ]
+    if differences:
+        raise Refusal(f"the checkpoint is of another architecture: {', '.join(differences)}")

@@ -16,7 +16,18 @@ from mnist_lit.ranges import RANGES, of_type
 CONF = next(path for base in Path(__file__).parents[:2] if (path := base / "conf").is_dir())
 
 # Keys whose values are paths: Hydra's grammar would choke on spaces, =, commas, ~ or umlauts in them.
-PATH_KEYS = ("data.dir", "hydra.run.dir", "hydra.sweep.dir", "resume", "source", "target")
+PATH_KEYS = (
+    "data.dir",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "resume",
+    "ckpt",
+    "images",
+    "output",
+    "contact_sheet",
+    "source",
+    "target",
+)
 
 # Sections that are arguments of a class: it refuses by itself what it does not know, so they may have more keys.
 CLASS_SECTIONS = ("model", "optimizer", "trainer", "logger")
@@ -55,6 +66,10 @@ class ConfigFiles:
         path = [f"hydra.searchpath=['file://{Path(self.user_folder).absolute()}']"] if self.user_folder else []
         with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=self.name):
             return hydra.compose(self.name, [*overrides, *path], return_hydra_config=True)
+
+    def outputs_folder(self) -> Path:
+        """Where runs have their folders."""
+        return Path(self.compose([]).hydra.run.dir).parent
 
     def checked_values(self, config: Any, choices: Mapping[str, str | None]) -> dict[str, Any]:
         """Everything but Hydra's part of a composed configuration, as plain values.
@@ -179,7 +194,8 @@ def suggestion(key: str, known: Iterable[str]) -> str:
 def quoted(argument: str) -> str:
     """``data.dir=a b`` as Hydra's grammar wants it, ``data.dir='a b'``; a leading ~ becomes the home folder."""
     key, equals, value = argument.partition("=")
-    if not equals or key.lstrip("+") not in PATH_KEYS or re.fullmatch(r"'.*'|\".*\"", value):
+    is_list = key == "images" and re.fullmatch(r"\[.*\]", value)
+    if not equals or key.lstrip("+") not in PATH_KEYS or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
         return argument
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", os.path.expanduser(value))
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)  # backslashes count only before a quote

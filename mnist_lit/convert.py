@@ -81,7 +81,8 @@ def from_keras(keras_model: Any) -> Any:
     import numpy as np
     import torch
 
-    from mnist_lit.model import TUTORIAL_MODEL, UNKNOWN_DATA, MNISTClassifier
+    from mnist_lit.model import TUTORIAL_MODEL, MNISTClassifier
+    from mnist_lit.trained import UNKNOWN_DATA
 
     layers = _named_layers(keras_model)
     classifier = MNISTClassifier({**TUTORIAL_MODEL, "dropout": float(layers["dropout"].rate)})

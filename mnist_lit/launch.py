@@ -162,7 +162,7 @@ def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tu
     if not _is_another_process() and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise Refusal("resume= goes on in the run's own folder: leave out hydra.run.dir")
     values, choices = files.checked_values(config, config.hydra.runtime.choices), config.hydra.runtime.choices
-    run = resume.find(values["resume"], Path(files.compose([]).hydra.run.dir).parent)
+    run = resume.find(values["resume"], files.outputs_folder())
     # Typed: named by an override, or set by a group that was chosen.
     unchanged, new = flat(files.defaults({})), flat(values)
     named = {override.split("=", 1)[0].lstrip("+~") for override in overrides}

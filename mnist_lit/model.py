@@ -1,7 +1,6 @@
 """``MNISTClassifier``: the LightningModule around a network, with its loss, metrics and optimizer."""
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lit import Refusal
-from mnist_lit.checkpoint_file import read_checkpoint
-from mnist_lit.runs import SAMPLE_NAME
+from mnist_lit.checkpoint_file import hyper_parameters, read_checkpoint, require_same_shapes
+from mnist_lit.network import build_network, built
+from mnist_lit.trained import UNKNOWN_DATA, trained_on, why_not_to_test
 
 TUTORIAL_MODEL = {"network": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "compiled": True}
 TUTORIAL_OPTIMIZER = {"name": "Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
-
-UNKNOWN_DATA = {"name": "unknown"}  # what a checkpoint says of training data that do not come from MNISTDataModule
 
 
 class MNISTClassifier(L.LightningModule):
@@ -41,7 +39,7 @@ class MNISTClassifier(L.LightningModule):
         model = dict(TUTORIAL_MODEL if model is None else model)
         optimizer = dict(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
         self.save_hyperparameters()
-        self.network: nn.Module = _build(_network_class(model["network"]), "model", _arguments(model, "network"))
+        self.network = build_network(model)
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics() for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
         self.configure_optimizers()  # a wrong argument is refused here, before any work
@@ -55,16 +53,19 @@ class MNISTClassifier(L.LightningModule):
         cls = getattr(torch.optim, str(optimizer["name"]), None)
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise Refusal(f"optimizer.name={optimizer['name']}: torch.optim has no optimizer of that name")
-        return _build(cls, "optimizer", _arguments(optimizer, "name"), self.parameters())
+        arguments = {key: value for key, value in optimizer.items() if key != "name"}
+        optimizer_built: torch.optim.Optimizer = built(cls, "optimizer", arguments, self.parameters())
+        return optimizer_built
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._step("train", batch)
+        return self._step("train", batch)[0]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._step("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step("test", batch)
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Probabilities [B, 10], for the callbacks."""
+        return self._step("test", batch)[1].float().softmax(dim=1)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
@@ -107,13 +108,8 @@ class MNISTClassifier(L.LightningModule):
         self.trained_on += [] if facts in self.trained_on else [facts]
 
     def on_test_start(self) -> None:
-        """The sample's test digits are training digits of the full set: a score of its model on them means nothing."""
-        others = [facts["name"] for facts in self.trained_on if facts["name"] != SAMPLE_NAME]
-        if others and _facts(self.trainer.test_dataloaders)["name"] == SAMPLE_NAME:
-            raise Refusal(
-                f"this model was trained on other data than the sample ({', '.join(others)}), and the sample's test "
-                "digits are training digits of the full MNIST: test it on that (data.source=mnist)"
-            )
+        if reason := why_not_to_test(self.trained_on, _facts(self.trainer.test_dataloaders)["name"]):
+            raise Refusal(reason)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["data"] = self.trained_on
@@ -123,24 +119,20 @@ class MNISTClassifier(L.LightningModule):
         Raises:
             Refusal: The weights are those of another network.
         """
-        self.trained_on = checkpoint.get("data", [UNKNOWN_DATA])
-        own, found = self.state_dict(), checkpoint["state_dict"]
-        differences = [f"no {key}" for key in own if key not in found] + [
-            f"{key} {'unknown here' if key not in own else f'{tuple(value.shape)} instead of {tuple(own[key].shape)}'}"
-            for key, value in found.items()
-            if key not in own or value.shape != own[key].shape
-        ]
-        if differences:
-            raise Refusal(f"the checkpoint is of another architecture: {', '.join(differences)}")
+        self.trained_on = trained_on(checkpoint)
+        require_same_shapes(self.state_dict(), checkpoint["state_dict"])
 
-    def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean loss and logits [B, 10], counted in the stage's metrics."""
         images, labels = batch
         logits = self.network(images)
         loss = nn.functional.cross_entropy(logits, labels)
         loss_metric, acc_metric = self._metrics(stage)
+        if not len(labels):  # of the last images there can be fewer than processes
+            return loss, logits
         loss_metric.update(loss.detach().expand(len(labels)))  # the mean over images, however large the last batch is
         acc_metric.update(logits.detach(), labels)
-        return loss
+        return loss, logits
 
     def _log(self, stage: str) -> None:
         """Once an epoch: Lightning's bookkeeping of a logged value costs more than a millisecond at each step."""
@@ -159,10 +151,7 @@ def load_classifier(path: Path) -> MNISTClassifier:
         Refusal: The file is missing, damaged, not from this project, or its weights are not those of its network.
     """
     checkpoint = read_checkpoint(path)
-    arguments = checkpoint.get("hyper_parameters", {})
-    if arguments.keys() != {"model", "optimizer"}:
-        raise Refusal(f"{path} is not a checkpoint of this project: it does not say which network it is of")
-    classifier = MNISTClassifier(**arguments)
+    classifier = MNISTClassifier(**hyper_parameters(checkpoint, path))
     classifier.on_load_checkpoint(checkpoint)
     classifier.load_state_dict(checkpoint["state_dict"])
     return classifier
@@ -183,25 +172,3 @@ def _stage_metrics() -> nn.ModuleDict:
             "acc": MulticlassAccuracy(num_classes=10, average="micro", validate_args=False),
         }
     )
-
-
-def _network_class(dotted: str) -> type[nn.Module]:
-    module, _, name = dotted.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise Refusal(f"model.network={dotted}: no such class ({error})") from error
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise Refusal(f"model.network={dotted}: not a torch.nn.Module")
-    return cls
-
-
-def _arguments(section: Mapping[str, Any], without: str) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key != without}
-
-
-def _build(cls: Callable[..., Any], section: str, arguments: Mapping[str, Any], *first: Any) -> Any:
-    try:
-        return cls(*first, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Refusal(f"{section}: {error} (the keys of {section} are the arguments of this class)") from error

@@ -1,10 +1,14 @@
 """The tutorial's network as a plain ``nn.Module``: torch and nothing else, so that using a model starts fast."""
 
+import importlib
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mnist_lit import Refusal
 from mnist_lit.kernels.convolutions import convolutions
 
 
@@ -62,3 +66,36 @@ def keep_mask(shape: tuple[int, ...], dropout: float, device: torch.device) -> t
     bits = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
     kept = bits.view(torch.int16)[:count].view(shape) >= dropped - 2**15
     return kept, 2**16 / (2**16 - dropped)
+
+
+def build_network(model: Mapping[str, Any]) -> nn.Module:
+    """The network that a configuration's section ``model`` describes, with fresh weights.
+
+    Args:
+        model: The class by its dotted name (``network``), and the class's own arguments.
+
+    Raises:
+        Refusal: There is no such class, or it does not take the arguments.
+    """
+    dotted = model["network"]
+    module, _, name = dotted.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Refusal(f"model.network={dotted}: no such class ({error})") from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise Refusal(f"model.network={dotted}: not a torch.nn.Module")
+    network: nn.Module = built(cls, "model", {key: value for key, value in model.items() if key != "network"})
+    return network
+
+
+def built(cls: Callable[..., Any], section: str, arguments: Mapping[str, Any], *first: Any) -> Any:
+    """``cls(*first, **arguments)``.
+
+    Raises:
+        Refusal: The class does not take the arguments, which are a configuration's ``section``.
+    """
+    try:
+        return cls(*first, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Refusal(f"{section}: {error} (the keys of {section} are the arguments of this class)") from error

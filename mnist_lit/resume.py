@@ -49,10 +49,10 @@ def find(wanted: str, outputs: Path) -> Run:
     """
     path = Path(wanted)
     if wanted == "latest" and not path.exists():
-        begun = sorted(outputs.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime)
+        begun = runs.newest_first(outputs)
         if not begun:
             raise Refusal(f"resume=latest: there is no run in {outputs}")
-        path = begun[-1].parent
+        path = begun[0]
     elif not path.exists():
         raise Refusal(f"resume={wanted}: there is no such run or checkpoint")
     folder = path if path.is_dir() else path.parent.parent
@@ -63,20 +63,12 @@ def find(wanted: str, outputs: Path) -> Run:
         if path.name == Path(runs.BEST).name:  # it is from within a validation, where Lightning cannot go on exactly
             raise Refusal(f"resume={wanted}: the best weights are to be tested, not gone on with: resume={folder}")
         if reason := trouble(path):
-            raise Refusal(f"resume={wanted}: {reason}{_another(folder, path)}")
+            raise Refusal(f"resume={wanted}: {reason}{runs.whole_one_instead(folder, path, 'resume')}")
         return Run(folder, path, config)
     there = [folder / name for name in (runs.LAST, runs.PREVIOUS) if (folder / name).exists()]
     if there and (reason := trouble(there[0])):
-        raise Refusal(f"resume={wanted}: {reason}{_another(folder, there[0])}")
+        raise Refusal(f"resume={wanted}: {reason}{runs.whole_one_instead(folder, there[0], 'resume')}")
     return Run(folder, there[0] if there else folder, config)
-
-
-def _another(folder: Path, damaged: Path) -> str:
-    """Which checkpoint of the run is whole, the newest first."""
-    for path in (folder / runs.LAST, folder / runs.PREVIOUS):
-        if path != damaged and not trouble(path):
-            return f"; the newest whole one: resume={path}"
-    return "; there is no whole one in this run"
 
 
 def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any]:

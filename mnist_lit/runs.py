@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mnist_lit import Refusal, __version__
+from mnist_lit.checkpoint_file import trouble
 from mnist_lit.files import CannotWriteError, remove_unfinished, write_whole
 
 MNIST_NAME, SAMPLE_NAME = "mnist", "mnist-sample"  # as everything that a run writes calls the data
@@ -46,6 +47,21 @@ def make(folder: Path) -> None:
 
 def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.yaml", "metrics.json", "multirun.yaml"))
+
+
+def newest_first(outputs: Path) -> list[Path]:
+    """The folders of the training runs in ``outputs``, and of the jobs of the sweeps in it."""
+    begun = [*outputs.glob("*/config.yaml"), *outputs.glob("*/*/config.yaml")]
+    begun = [file for file in begun if file.parent.name != ".hydra"]
+    return [file.parent for file in sorted(begun, key=lambda file: file.stat().st_mtime, reverse=True)]
+
+
+def whole_one_instead(folder: Path, damaged: Path, key: str) -> str:
+    """The end of a sentence about a damaged checkpoint: which other one of the run can be given to ``key``."""
+    for path in (folder / LAST, folder / PREVIOUS):
+        if path != damaged and not trouble(path):
+            return f"; the newest whole one: {key}={path}"
+    return "; there is no whole one in this run"
 
 
 def shown(folder: Path) -> str:

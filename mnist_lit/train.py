@@ -51,7 +51,8 @@ def train(
     from mnist_lit.model import MNISTClassifier
     from mnist_lit.randomness import SeedEachBatch
     from mnist_lit.recorder import RunRecorder
-    from mnist_lit.report import learning_curve
+    from mnist_lit.report import learning_curve, write_report
+    from mnist_lit.scores import TestAnswers, scores
     from mnist_lit.trainer import build_trainer, check_batches, device_name
 
     config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "trainer": trainer}
@@ -66,7 +67,8 @@ def train(
     checkpoints = Checkpoints(folder, **(checkpoint or {}), enabled=wanted)
     if not datamodule.val_size:
         trainer = {**trainer, "limit_val_batches": 0, "val_check_interval": None}  # nothing to validate on
-    callbacks = [SeedEachBatch(seed), StopOnNaN(), recorder, checkpoints]
+    answers = TestAnswers()
+    callbacks = [SeedEachBatch(seed), StopOnNaN(), recorder, checkpoints, answers]
     lightning_trainer = build_trainer(folder, trainer, logger, callbacks, resumed=bool(resume))
     datamodule.prepare_data()
     datamodule.setup()
@@ -103,9 +105,11 @@ def train(
             "data": datamodule.facts,
             "seed": seed,
             "versions": runs.versions(),
+            **scores(answers.probabilities, answers.labels),
         }
         if lightning_trainer.is_global_zero:
             learning_curve(recorder.history, results, folder / "learning_curve.png")
+            write_report(folder / "report.html", results, config, answers, classifier.network, recorder.history)
             log.info("\n%s", _table(results, folder))
             runs.write_json(folder / "metrics.json", results)
             print("loss=", results["test/loss"])  # the tutorial's own two lines

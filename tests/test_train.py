@@ -25,7 +25,7 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 def test_a_run_leaves_everything_in_one_folder(finished_run: Path) -> None:
     found = {str(path.relative_to(finished_run)) for path in finished_run.rglob("*") if path.is_file()}
-    assert found == {"config.yaml", "metrics.csv", "metrics.json", "learning_curve.png", *CHECKPOINTS}
+    assert found == {"config.yaml", "metrics.csv", "metrics.json", "learning_curve.png", "report.html", *CHECKPOINTS}
     assert (finished_run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -106,6 +106,7 @@ def test_metrics_json_is_written_last(tmp_path: Path, monkeypatch) -> None:
         "config.yaml",
         "metrics.csv",
         "learning_curve.png",
+        "report.html",
         "checkpoints/last.ckpt",
     }
 

@@ -1,0 +1,86 @@
+"""``ckpt=`` and the trained network without Lightning."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from mnist_lit import Refusal, runs
+from mnist_lit.model import load_classifier
+from mnist_lit.trained import find, load, why_not_to_test
+
+
+def test_a_folder_means_its_best_checkpoint_or_else_its_last(finished_run: Path, validated_run: Path) -> None:
+    assert find(finished_run) == finished_run / runs.LAST
+    assert find(validated_run) == validated_run / runs.BEST
+    assert find(validated_run / runs.LAST) == validated_run / runs.LAST
+
+
+def test_latest_is_the_newest_run_with_a_checkpoint_jobs_of_sweeps_too(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match="there is no trained model in outputs"):
+        find("latest")
+    for age, name in enumerate(("without", "sweep/0", "old")):
+        folder = shutil.copytree(finished_run, Path("outputs") / name)
+        os.utime(folder / "config.yaml", times=(2e9 - age, 2e9 - age))
+    for name in (runs.LAST, runs.PREVIOUS):
+        (Path("outputs/without") / name).unlink()
+    hydra = Path("outputs/newest_evaluate/.hydra")  # what Hydra notes down there is no run
+    hydra.mkdir(parents=True)
+    (hydra / "config.yaml").touch()
+    assert find("latest") == Path("outputs/sweep/0") / runs.LAST
+    Path("latest").mkdir()  # a folder of that name is meant by it
+    with pytest.raises(Refusal, match="ckpt=latest: there is no checkpoint in this folder"):
+        find("latest")
+
+
+def test_07_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(finished_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    content = (run / runs.LAST).read_bytes()
+    (run / runs.LAST).write_bytes(content[: len(content) // 2])
+    with pytest.raises(Refusal, match="damaged") as refused:
+        find(run)
+    assert str(refused.value).endswith(f"the newest whole one: ckpt={run / runs.PREVIOUS}")
+    with pytest.raises(Refusal, match="there is no such checkpoint or run"):
+        find(tmp_path / "nowhere")
+
+
+def test_the_network_alone_answers_as_the_whole_model_does(validated_run: Path, sample) -> None:
+    images, _ = next(iter(sample.test_dataloader()))
+    model = load(validated_run)
+    with torch.no_grad():
+        expected = load_classifier(validated_run / runs.BEST).eval()(images)
+        assert torch.equal(model(images), expected)
+    assert model.trained_on[0]["name"] == "mnist-sample"
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_10_weights_of_another_architecture_are_refused_here_too(finished_run: Path, tmp_path: Path) -> None:
+    content = torch.load(finished_run / runs.LAST, weights_only=True)
+    content["state_dict"]["network.dense2.weight"] = torch.zeros(10, 128)
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(Refusal, match=r"network.dense2.weight \(10, 128\) instead of \(10, 250\)"):
+        load(tmp_path / "other.ckpt")
+
+
+def test_loading_needs_neither_lightning_nor_torchvision(finished_run: Path) -> None:
+    code = (
+        "import sys; from mnist_lit.trained import load; load(sys.argv[1]); "
+        "print([name for name in ('lightning', 'torchvision', 'torchmetrics', 'hydra') if name in sys.modules])"
+    )
+    found = subprocess.check_output([sys.executable, "-c", code, finished_run], cwd=ROOT, text=True)
+    assert found == "[]\n"
+
+
+def test_a_model_of_the_full_set_is_not_to_be_tested_on_the_samples_digits() -> None:
+    full, sample = {"name": "mnist"}, {"name": "mnist-sample"}
+    assert "data.source=mnist" in why_not_to_test([sample, full], "mnist-sample")
+    assert not why_not_to_test([sample], "mnist-sample")
+    assert not why_not_to_test([sample, full], "mnist")
