@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import Refusal
+from mnist_lit.files import appears_whole, require_free
 from mnist_lit.launch import launch
 
 # How far the two models' probabilities may lie apart on random images before a conversion counts as wrong.
@@ -38,17 +39,12 @@ def convert(source: str, target: str, data_format: str = "channels_last", overwr
         raise Refusal(f"source={source} target={target}: one must end in .keras and the other in .ckpt")
     if not source_path.is_file():
         raise Refusal(f"source={source}: there is no such file")
-    if target_path.exists() and not overwrite:
-        raise Refusal(f"target={target}: exists already (overwrite=true replaces it)")
-    if not target_path.parent.is_dir():
-        raise Refusal(f"target={target}: there is no folder {target_path.parent}")
+    require_free("target", target_path, overwrite)
     os.environ.setdefault("KERAS_BACKEND", "torch")
     try:
         import keras  # noqa: F401
     except ModuleNotFoundError as error:
         raise Refusal("convert needs Keras: pip install keras") from error
-    from mnist_lit.files import appears_whole
-
     with appears_whole(target_path) as temporary:
         if endings[0] == ".keras":
             save_checkpoint(from_keras(load_keras(source_path)), temporary)

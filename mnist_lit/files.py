@@ -17,6 +17,20 @@ class CannotWriteError(Refusal):
     """The disk is full, or the folder is not to be written to."""
 
 
+def require_free(key: str, path: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        Refusal: ``path``, the value of ``key``, cannot be written: it is there already and not to be overwritten, or
+            its folder is not there.
+    """
+    if path.is_dir():
+        raise Refusal(f"{key}={path}: is a folder")
+    if path.exists() and not overwrite:
+        raise Refusal(f"{key}={path}: exists already (overwrite=true replaces it)")
+    if not path.parent.is_dir():
+        raise Refusal(f"{key}={path}: there is no folder {path.parent}")
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write ``path`` as ``appears_whole`` does.
 

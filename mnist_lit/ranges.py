@@ -71,7 +71,18 @@ DEVICES = Rule(
     lambda v: v in ("auto", -1) or whole(1).holds(v) or isinstance(v, (str, list)),
 )
 
+PATH = Rule("a path", lambda v: isinstance(v, str) and v != "")
+
 RANGES = {
+    "ckpt": Rule("a checkpoint, a run's folder, or latest", PATH.holds),
+    "images": Rule(
+        "a file, a folder, a pattern such as scans/*.png, or a list of these",
+        lambda v: PATH.holds(v) or (isinstance(v, list) and v != [] and all(map(PATH.holds, v))),
+    ),
+    "preprocess": one_of("mnist", "none"),
+    "output": PATH,
+    "contact_sheet": PATH,
+    "overwrite": SWITCH,
     "resume": Rule("latest, a run's folder, or a checkpoint", lambda v: isinstance(v, str) and v != ""),
     "seed": whole(0, 2**32 - 1),
     "data.dir": Rule("the name of a folder", lambda v: isinstance(v, str) and v != ""),

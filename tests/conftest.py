@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from mnist_lit.configuration import settings
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -32,8 +35,6 @@ def sample() -> Any:
 
 def small(*overrides: str) -> dict[str, Any]:
     """The settings of a run over the sample that takes a few seconds: two epochs of three batches."""
-    from mnist_lit.configuration import settings
-
     return settings(
         "train",
         "data.source=sample",
@@ -65,6 +66,29 @@ def validated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outputs") / "validated"
     train(folder, **small("data.val_size=200", "optimizer=sgd", "optimizer.lr=50", "trainer.max_epochs=3"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose model knows digits: two epochs of the full MNIST, or a dozen of the sample."""
+    from mnist_lit.train import train
+
+    folder = tmp_path_factory.mktemp("outputs") / "good"
+    full = os.environ.get("MNIST_LIT_DATA")
+    data = [f"data.dir={full}", "trainer.max_epochs=2"] if full else ["data.source=sample", "trainer.max_epochs=12"]
+    train(folder, **settings("train", "optimizer=adam", "data.batch_size=200", "trainer.accelerator=cpu", *data))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(good_run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """1,000 test images of the data that ``good_run`` was trained on, uint8 [1000, 28, 28], and their labels."""
+    from mnist_lit.data import MNISTDataModule
+
+    full = os.environ.get("MNIST_LIT_DATA")
+    data = MNISTDataModule(full, source="mnist") if full else MNISTDataModule(source="sample")
+    data.setup()
+    return data.test_images[:1000].numpy(), data.test_labels[:1000].numpy()
 
 
 Browser = Callable[[int, int, str], Any]

@@ -1,0 +1,236 @@
+"""Pictures of any kind brought to MNIST's form; the numbers are the rows of docs/faults.md."""
+
+import io
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from scipy import ndimage
+
+from mnist_lit.images import PictureError, prepare, read_grey, to_mnist
+from mnist_lit.trained import load
+
+Pixels = np.ndarray
+
+
+def saved(pixels: Pixels | Image.Image, format: str = "PNG", **options: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(file, format=format, **options)
+    file.seek(0)
+    return file
+
+
+def accuracy(run: Path, pictures: list[Pixels], labels: Pixels) -> float:
+    with torch.inference_mode():
+        answers = load(run)(torch.from_numpy(np.stack(pictures)).unsqueeze(1) / 255).argmax(1)
+    return float((answers.numpy() == labels).mean())
+
+
+def scaled(digit: Pixels, side: int = 140) -> Pixels:
+    return np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def on_paper(digit: Pixels, draw: np.random.Generator) -> Pixels:
+    """Black on white, 100x140, somewhere on it, turned by up to 10°, with light from one side, a lamp and noise."""
+    side = int(28 * draw.uniform(2, 3.3))
+    turned = Image.fromarray(scaled(digit, side)).rotate(draw.uniform(-10, 10), Image.Resampling.BICUBIC)
+    canvas = Image.new("L", (100, 140))
+    canvas.paste(turned, (int(draw.uniform(0, 100 - side)), int(draw.uniform(0, 140 - side))))
+    ink = np.asarray(canvas, float) / 255
+    y, x = np.mgrid[0:140, 0:100] / 140
+    slope, lamp = draw.uniform(-80, 80, 2), draw.uniform(0, 1, 2)
+    paper = 195 + slope[0] * (x - 0.35) + slope[1] * (y - 0.5) - 60 * ((x - lamp[0]) ** 2 + (y - lamp[1]) ** 2)
+    return np.asarray((paper * (1 - 0.8 * ink) + draw.normal(0, 3, ink.shape)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("options", [{"format": "PNG"}, {"format": "JPEG", "quality": 75}])
+def test_1000_digits_on_unevenly_lit_paper_cost_less_than_two_points(
+    options: dict[str, Any], good_run: Path, digits
+) -> None:
+    images, labels = digits
+    draw = np.random.default_rng(0)
+    pictures = [prepare(saved(on_paper(digit, draw), **options)) for digit in images]
+    assert accuracy(good_run, pictures, labels) > accuracy(good_run, list(images), labels) - 0.02
+
+
+def colored(digit: Pixels, ink: tuple[int, int, int], paper: tuple[int, int, int]) -> Pixels:
+    share = scaled(digit)[..., None] / 255
+    return np.asarray((share * ink + (1 - share) * paper).round().astype(np.uint8))
+
+
+def transparent(digit: Pixels, ink: int) -> Pixels:
+    return np.dstack([np.full((140, 140, 3), ink, np.uint8), scaled(digit)])
+
+
+CHANGES: dict[str, Callable[[Pixels], Pixels]] = {
+    "scaled": scaled,
+    "small": lambda digit: np.asarray(Image.fromarray(digit).reduce(2)),
+    "inverted": lambda digit: 255 - digit,
+    "shifted": lambda digit: np.pad(255 - scaled(digit), ((0, 300), (200, 20)), constant_values=255),
+    "cropped": lambda digit: 255 - np.pad(digit[np.ix_(digit.any(1), digit.any(0))], 1).repeat(5, 0).repeat(5, 1),
+    "faint": lambda digit: (200 - scaled(digit) / 6).astype(np.uint8),
+    "blue on white": lambda digit: colored(digit, (30, 60, 200), (255, 255, 255)),
+    "yellow on white": lambda digit: colored(digit, (255, 240, 0), (255, 255, 255)),
+    "red on green of the same lightness": lambda digit: colored(digit, (255, 0, 0), (0, 130, 0)),
+    "black on transparent": lambda digit: transparent(digit, 0),
+    "white on transparent": lambda digit: transparent(digit, 255),
+    "with specks": lambda digit: with_specks(255 - scaled(digit)),
+}
+
+
+def with_specks(picture: Pixels) -> Pixels:
+    picture = np.pad(picture, 40, constant_values=255)
+    for y, x in ((5, 5), (200, 190), (20, 150), (110, 3)):
+        picture[y : y + 4, x : x + 4] = 0
+    return picture
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_digits_are_still_recognized(change: str, good_run: Path, digits) -> None:
+    images, labels = digits[0][:300], digits[1][:300]
+    pictures = [prepare(saved(CHANGES[change](digit))) for digit in images]
+    lost = accuracy(good_run, list(images), labels) - accuracy(good_run, pictures, labels)
+    assert lost <= (0.06 if change == "small" else 0.02)
+
+
+def test_lines_of_a_thin_pen_are_made_as_thick_as_mnists(good_run: Path, digits, monkeypatch) -> None:
+    def thin(digit: Pixels) -> Pixels:
+        inside = ndimage.distance_transform_edt(scaled(digit, 280) > 127)
+        line = (inside > 0.75 * ndimage.maximum_filter(inside, 15)) & (inside > 0)
+        return np.where(ndimage.binary_dilation(line), 20, 255).astype(np.uint8)
+
+    images, labels = digits[0][:300], digits[1][:300]
+    files = [thin(digit) for digit in images]
+    thick = accuracy(good_run, [prepare(saved(file)) for file in files], labels)
+    assert thick > accuracy(good_run, list(images), labels) - 0.03
+    monkeypatch.setattr("mnist_lit.images.THINNEST", 0)
+    assert accuracy(good_run, [prepare(saved(file)) for file in files], labels) < thick
+
+
+def test_a_picture_in_mnists_form_is_left_as_it_is_in_every_format_and_mode(digits) -> None:
+    digit = digits[0][0]
+    grey = Image.fromarray(digit)
+    for mode in ("L", "RGB", "RGBA", "LA", "P"):
+        assert np.array_equal(prepare(saved(grey.convert(mode))), digit), mode
+    for format in ("BMP", "TIFF", "PNG"):
+        assert np.array_equal(prepare(saved(grey, format)), digit), format
+    assert np.array_equal(prepare(saved(grey, "WEBP", lossless=True)), digit)
+    assert abs(prepare(saved(grey, "JPEG", quality=95)).astype(int) - digit).max() < 40
+    assert np.array_equal(prepare(saved(digit.astype(np.uint16) * 257)), digit)  # 16 bits
+    assert np.array_equal(prepare(saved(Image.fromarray(digit / np.float32(255)), "TIFF")), digit)  # floating point
+    black_and_white = Image.fromarray(digit > 127)
+    assert np.array_equal(prepare(saved(black_and_white)), (digit > 127) * np.uint8(255))
+
+
+def test_what_comes_out_has_mnists_form(digits) -> None:
+    for digit in digits[0][:50]:
+        picture = to_mnist(255 - np.pad(scaled(digit), ((3, 90), (50, 0))).astype(np.float32))
+        assert picture.shape == (28, 28) and picture.dtype == np.uint8 and picture.max() == 255
+        rows, columns = np.flatnonzero(picture.any(1)), np.flatnonzero(picture.any(0))
+        assert max(np.ptp(rows), np.ptp(columns)) + 1 == 20
+        assert all(abs(center - 14) <= 0.6 for center in ndimage.center_of_mass(picture))
+
+
+def test_a_phones_turned_picture_is_put_upright_and_its_preview_ignored(digits) -> None:
+    page = Image.fromarray(255 - np.pad(scaled(digits[0][0]), 20))
+    upright = prepare(saved(page, "JPEG", quality=95))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° to the right
+    turned = saved(page.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
+    assert abs(prepare(turned).astype(int) - upright).mean() < 3
+    preview = saved(page, "MPO", quality=95, save_all=True, append_images=[page.resize((50, 50))])
+    assert np.array_equal(prepare(preview), upright)
+
+
+def test_31_large_pictures_are_read_in_little_memory_and_time(digits) -> None:
+    page = Image.new("RGB", (6000, 8000), "white")
+    page.paste(Image.fromarray(255 - scaled(digits[0][0], 2000)), (3000, 1000))
+    small = to_mnist(np.pad(255 - scaled(digits[0][0], 128), 64, constant_values=255).astype(np.float32))
+    for format in ("PNG", "JPEG"):
+        assert max(read_grey(saved(page, format)).shape) <= 512
+        assert abs(prepare(saved(page, format)).astype(int) - small).mean() < 8
+
+
+def broken(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+
+
+def test_31_what_cannot_be_read_gets_one_line(digits, tmp_path: Path) -> None:
+    png = saved(scaled(digits[0][0])).getvalue()
+    two = [Image.new("L", (30, 30), level) for level in (0, 255)]
+    noise = np.random.default_rng(0).normal(128, 20, (100, 100)).clip(0, 255).astype(np.uint8)
+    bomb = saved(Image.new("1", (20_000, 20_000))).getvalue()
+    (tmp_path / "folder").mkdir()
+    cases: dict[str, list[Any]] = {
+        "there is no such file": [tmp_path / "nowhere.png"],
+        "cannot be read": [tmp_path / "folder"],
+        "is not a picture in PNG, JPEG, BMP, TIFF or WEBP format": [
+            io.BytesIO(b"hello"),
+            io.BytesIO(),
+            saved(two[0], "GIF", save_all=True, append_images=two[1:]),
+        ],
+        "is damaged": [io.BytesIO(png[: len(png) // 2]), io.BytesIO(broken(png, 60))],
+        "has more than 80,000,000 pixels|more than 80,000,000": [io.BytesIO(bomb)],
+        "has 2 pictures in one file": [
+            saved(two[0], format, save_all=True, append_images=two[1:]) for format in ("PNG", "TIFF", "WEBP")
+        ],
+        "is blank": [
+            saved(np.full(shape, level, np.uint8))
+            for shape in ((1, 1), (28, 28), (1, 300), (200, 100))
+            for level in (0, 128, 255)
+        ]
+        + [saved(noise), saved(np.zeros((50, 50, 4), np.uint8))],
+    }
+    for sentence, files in cases.items():
+        for file in files:
+            with warnings.catch_warnings(), pytest.raises(PictureError, match=sentence) as refused:
+                warnings.simplefilter("ignore")
+                prepare(file)
+            assert "\n" not in str(refused.value)
+
+
+def test_31_pictures_of_odd_shapes_have_an_answer() -> None:
+    for shape in ((1, 2), (2, 2), (3, 200), (200, 3), (7, 7), (1000, 9)):
+        picture = np.full(shape, 255, np.uint8)
+        picture[: max(1, shape[0] // 2), : max(1, shape[1] // 2)] = 0
+        assert prepare(saved(picture)).max() == 255
+    cmyk = Image.fromarray(CHANGES["blue on white"](np.eye(28, dtype=np.uint8) * 255)).convert("CMYK")
+    assert prepare(saved(cmyk, "JPEG")).max() == 255
+
+
+def test_random_and_mutated_files_are_read_or_refused(digits) -> None:
+    draw = np.random.default_rng(0)
+    sources = [saved(Image.fromarray(scaled(digits[0][0], 60)), format).getvalue() for format in
+               ("PNG", "JPEG", "BMP", "TIFF", "WEBP")]  # fmt: skip
+    for _ in range(400):
+        content = bytearray(sources[draw.integers(len(sources))])
+        for _ in range(draw.integers(1, 6)):
+            content[draw.integers(len(content))] = draw.integers(256)
+        file = io.BytesIO(content[: draw.integers(1, len(content) + 1)] if draw.random() < 0.3 else content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                assert prepare(file).shape == (28, 28)
+            except PictureError as error:
+                assert "\n" not in str(error)
+
+
+def test_preprocess_none_takes_pixels_as_they_are(digits) -> None:
+    assert np.array_equal(prepare(saved(255 - digits[0][0]), "none"), 255 - digits[0][0])
+    assert np.array_equal(prepare(saved(np.zeros((28, 28), np.uint8)), "none"), np.zeros((28, 28)))
+    with pytest.raises(PictureError, match="has 30x20 pixels, and preprocess=none takes 28x28"):
+        prepare(saved(np.zeros((20, 30), np.uint8)), "none")
+
+
+def test_processes_that_read_pictures_do_not_import_torch() -> None:
+    code = "import sys, mnist_lit.predict; print([n for n in ('torch', 'hydra', 'matplotlib') if n in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"

@@ -1,0 +1,148 @@
+"""Predicting pictures, as a function and as a command; the numbers are the rows of docs/faults.md."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_commands import command
+
+from mnist_lit import Refusal, predict
+from mnist_lit.predict import COLUMNS, find_pictures
+from mnist_lit.predict import predict as predict_pictures
+from mnist_lit.trained import load
+
+
+@pytest.fixture
+def scans(digits, tmp_path: Path) -> Path:
+    """Twelve digits as files, some in a folder below, beside what is no picture."""
+    folder = tmp_path / "scans (1), mine"
+    (folder / "more").mkdir(parents=True)
+    for n in range(12):
+        place = folder / "more" if n % 3 == 0 else folder
+        Image.fromarray(digits[0][n]).save(place / f"{n:02}.{('png', 'tif', 'bmp')[n % 3]}")
+    (folder / "notes.txt").write_text("not a picture")
+    (folder / ".hidden.png").write_text("not a picture")
+    return folder
+
+
+def number(row: dict) -> int:
+    return int(Path(row["file"]).stem)
+
+
+def test_rows_have_the_networks_own_probabilities(good_run: Path, digits, scans: Path) -> None:
+    rows = predict_pictures(scans, good_run)
+    assert sorted(map(number, rows)) == list(range(12))
+    with torch.inference_mode():
+        expected = load(good_run)(torch.from_numpy(digits[0][:12]).unsqueeze(1) / 255)
+    for row in rows:
+        assert tuple(row) == COLUMNS and row["error"] is None
+        probabilities = [row[f"p{digit}"] for digit in range(10)]
+        assert probabilities == pytest.approx(expected[number(row)].tolist(), abs=2e-6)
+        assert row["digit"] == int(np.argmax(probabilities)) and row["probability"] == max(probabilities)
+
+
+def test_many_pictures_read_by_other_processes_give_the_same_rows(
+    good_run: Path, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scans / "broken.png").write_text("no picture")
+    here = predict_pictures(scans, good_run)
+    monkeypatch.setattr(predict, "MANY", 2)
+    monkeypatch.setattr(predict, "BATCH", 5)
+    there = predict_pictures(scans, good_run)
+    for one, other in zip(here, there, strict=True):
+        assert one["file"] == other["file"] and one["error"] == other["error"]
+        assert one["probability"] == pytest.approx(other["probability"], abs=2e-6)
+    assert sum(row["error"] is not None for row in there) == 1
+
+
+def test_files_folders_and_patterns_each_picture_once(scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(scans)
+    shutil.copy("01.tif", "[1].tif")
+    found = list(find_pictures(["[1].tif", "0?.bmp", "more/", "more/00.png", "*.xyz", "nowhere.png", "m*"]))
+    assert found == [
+        ("[1].tif", ""),
+        *((f"0{n}.bmp", "") for n in (2, 5, 8)),
+        *((f"more/0{n}.png", "") for n in (0, 3, 6, 9)),
+        ("*.xyz", "no file is of this pattern"),
+        ("nowhere.png", "there is no such file"),
+    ]
+    assert len(list(find_pictures(["**/*"]))) == 14  # all, of any ending: what is asked for is tried
+    (scans / "empty").mkdir()
+    ((_, error),) = find_pictures(["empty"])
+    assert error.startswith("there are no pictures in this folder")
+
+
+def test_27_what_is_in_the_way_is_refused_unless_it_may_be_overwritten(good_run: Path, scans: Path) -> None:
+    (scans / "old.csv").write_text("mine")
+    (scans / "old.png").write_text("mine")
+    for values, sentence in (
+        ({"output": scans / "old.csv"}, "exists already"),
+        ({"contact_sheet": scans / "old.png"}, "exists already"),
+        ({"output": scans / "new.xlsx"}, "must end in .csv or .json"),
+        ({"output": scans / "nowhere" / "new.csv"}, "there is no folder"),
+        ({"images": scans / "nowhere.png"}, "there is no such file"),
+        ({"images": [str(scans / "*.gif"), str(scans / "x.png")]}, "no file is of this pattern; .*no such file"),
+        ({"ckpt": scans / "nowhere"}, "there is no such checkpoint or run"),
+    ):
+        with pytest.raises(Refusal, match=sentence):
+            predict_pictures(**{"images": scans, "ckpt": good_run, **values})  # type: ignore[arg-type]
+    assert (scans / "old.csv").read_text() == (scans / "old.png").read_text() == "mine"
+    predict_pictures(scans / "01.tif", good_run, scans / "old.csv", overwrite=True)
+    assert (scans / "old.csv").read_text().startswith("file,digit,probability,p0,")
+
+
+def test_31_predict_as_a_command_with_good_and_bad_pictures(good_run: Path, digits, scans: Path) -> None:
+    (scans / "cut.png").write_bytes((scans / "more" / "00.png").read_bytes()[:100])
+    (scans / "text.png").write_text("hello")
+    Image.new("L", (300, 300), "white").save(scans / "blank.png")
+    arguments = [f"ckpt={good_run}", "images=scans (1), mine", "contact_sheet=sheet.png"]
+    module, folder = "mnist_lit.predict", scans.parent
+    before = {path.name for path in folder.iterdir()}
+    done = command(*arguments, "output=result 1.csv", cwd=folder, module=module)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stdout == "result 1.csv: 12 pictures\n"
+    summary, blank, cut, text = sorted(done.stderr.splitlines())
+    assert summary == "predict: 3 of 15 could not be predicted"
+    assert blank == "scans (1), mine/blank.png: is blank"
+    assert cut.startswith("scans (1), mine/cut.png: is damaged (")
+    assert text == "scans (1), mine/text.png: is not a picture in PNG, JPEG, BMP, TIFF or WEBP format"
+    with (folder / "result 1.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS and len(rows) == 15
+    for row in rows:
+        assert (row["digit"] == "") == (row["p0"] == "") == (row["error"] != "")
+    good = [row for row in rows if not row["error"]]
+    assert sum(int(row["digit"]) == digits[1][number(row)] for row in good) >= 11
+    assert Image.open(folder / "sheet.png").size[0] > 400
+    # Nothing else is left behind, such as a folder of Hydra's.
+    assert {path.name for path in folder.iterdir()} - before == {"result 1.csv", "sheet.png"}
+
+    listed = command("images=['scans (1), mine/01.tif','scans (1), mine/more']", "output=r.json", f"ckpt={good_run}",
+                     cwd=folder, module=module)  # fmt: skip
+    assert listed.returncode == 0, listed.stderr
+    assert [number(row) for row in json.loads((folder / "r.json").read_text())] == [1, 0, 3, 6, 9]
+
+    shown = command("images=scans (1), mine/01.tif", f"ckpt={good_run}", cwd=folder, module=module)
+    assert shown.stdout.startswith("scans (1), mine/01.tif: ") and shown.stdout.endswith("%)\n")
+
+
+def test_it_starts_without_lightning_and_torchvision(good_run: Path, scans: Path) -> None:
+    code = (
+        "import sys; from mnist_lit.predict import main; main()\n"
+        "print([n for n in ('lightning', 'torchvision', 'torchmetrics', 'matplotlib') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"images={scans}", f"ckpt={good_run}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert len(done.stdout.splitlines()) == 13
