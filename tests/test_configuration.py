@@ -102,7 +102,13 @@ def test_every_range_is_of_a_key_that_exists() -> None:
     keys: set[str] = set()
     for optimizer in (path.stem for path in (CONF / "optimizer").glob("*.yaml")):
         keys |= flat(settings("train", f"optimizer={optimizer}")).keys()
-    keys |= flat(settings("convert", "source=a", "target=b")).keys()
+    for verb, *required in (
+        ("convert", "source=a", "target=b"),
+        ("evaluate",),
+        ("predict", "images=a"),
+        ("export", "output=a"),
+    ):
+        keys |= flat(settings(verb, *required)).keys()
     assert RANGES.keys() <= keys
 
 
