@@ -20,12 +20,15 @@ class TrainedModel(nn.Module):
     Attributes:
         network: Turns images into logits.
         path: The checkpoint that it is from.
+        description: The section ``model`` of the configuration, which ``build_network`` takes.
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.
     """
 
-    def __init__(self, network: nn.Module, path: Path, trained_on: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, network: nn.Module, path: Path, description: dict[str, Any], trained_on: list[dict[str, Any]]
+    ) -> None:
         super().__init__()
-        self.network, self.path, self.trained_on = network, path, trained_on
+        self.network, self.path, self.description, self.trained_on = network, path, description, trained_on
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -41,11 +44,12 @@ def load(ckpt: str | Path) -> TrainedModel:
     """
     path = find(ckpt)
     checkpoint = read_checkpoint(path)
-    network = build_network(hyper_parameters(checkpoint, path)["model"])
+    description = hyper_parameters(checkpoint, path)["model"]
+    network = build_network(description)
     weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("network.")}
     require_same_shapes({f"network.{key}": value for key, value in network.state_dict().items()}, weights)
     network.load_state_dict({key.removeprefix("network."): value for key, value in weights.items()})
-    return TrainedModel(network, path, trained_on(checkpoint))
+    return TrainedModel(network, path, description, trained_on(checkpoint))
 
 
 def find(ckpt: str | Path) -> Path:
