@@ -1,0 +1,182 @@
+// The page draws black ink on a transparent canvas, asks the server what it shows, and shows the answer.
+
+const drawing = document.getElementById("drawing");
+const ink = drawing.getContext("2d");
+const pen = document.getElementById("pen");
+const answer = document.getElementById("answer");
+const seen = document.getElementById("seen").getContext("2d");
+
+const PEN = 22; // pixels of the canvas: some two of the 28 that the network sees
+const STEP = 10; // pixels that an arrow key moves the pen
+const PAUSE = 80; // milliseconds between two requests at least
+
+const rows = Array.from({ length: 10 }, (_, digit) => {
+  const row = document.createElement("li");
+  const name = document.createElement("b");
+  const bar = document.createElement("progress");
+  const share = document.createElement("span");
+  name.textContent = digit;
+  bar.value = 0;
+  bar.setAttribute("aria-label", `Probability of ${digit}`);
+  row.append(name, bar, share);
+  document.getElementById("digits").append(row);
+  return { row, bar, share };
+});
+
+// ---- drawing
+
+let empty = true;
+
+function stroke(from, to) {
+  ink.lineWidth = PEN;
+  ink.lineCap = "round";
+  ink.beginPath();
+  ink.moveTo(from.x, from.y);
+  ink.lineTo(to.x, to.y);
+  ink.stroke();
+  ink.beginPath();
+  ink.arc(to.x, to.y, PEN / 2, 0, 2 * Math.PI); // a line from a point to itself draws nothing
+  ink.fill();
+  empty = false;
+  changed();
+}
+
+function clear() {
+  ink.clearRect(0, 0, drawing.width, drawing.height);
+  empty = true;
+  lift();
+  changed();
+}
+
+function lift() {
+  down = false;
+  pen.classList.remove("down");
+}
+
+const strokes = new Map(); // where each finger, pen or mouse that is down was last
+
+function place(event) {
+  const box = drawing.getBoundingClientRect();
+  const scale = drawing.width / box.width;
+  return { x: (event.clientX - box.left) * scale, y: (event.clientY - box.top) * scale };
+}
+
+drawing.addEventListener("pointerdown", (event) => {
+  if (event.button !== 0) return;
+  drawing.setPointerCapture(event.pointerId);
+  pen.hidden = true;
+  strokes.set(event.pointerId, place(event));
+  stroke(place(event), place(event));
+});
+drawing.addEventListener("pointermove", (event) => {
+  if (!strokes.has(event.pointerId)) return;
+  const between = event.getCoalescedEvents?.() ?? [];
+  for (const each of between.length ? between : [event]) {
+    stroke(strokes.get(event.pointerId), place(each));
+    strokes.set(event.pointerId, place(each));
+  }
+});
+for (const end of ["pointerup", "pointercancel"]) {
+  drawing.addEventListener(end, (event) => strokes.delete(event.pointerId));
+}
+document.getElementById("clear").addEventListener("click", clear);
+
+// ---- the same by keyboard
+
+const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+let at = { x: 140, y: 60 };
+let down = false;
+
+function showPen() {
+  pen.hidden = false;
+  pen.style.left = `${(100 * at.x) / drawing.width}%`;
+  pen.style.top = `${(100 * at.y) / drawing.height}%`;
+  pen.classList.toggle("down", down);
+}
+
+drawing.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const move = MOVES[event.key];
+  if (move) {
+    const within = (value) => Math.min(Math.max(value, PEN / 2), drawing.width - PEN / 2);
+    const to = { x: within(at.x + STEP * move[0]), y: within(at.y + STEP * move[1]) };
+    if (down) stroke(at, to);
+    at = to;
+  } else if (event.key === " ") {
+    down = !down;
+    if (down) stroke(at, at);
+  } else if (event.key === "Escape") {
+    clear();
+  } else {
+    return;
+  }
+  event.preventDefault();
+  showPen();
+});
+drawing.addEventListener("focus", () => drawing.matches(":focus-visible") && showPen());
+drawing.addEventListener("blur", () => {
+  lift();
+  pen.hidden = true;
+});
+
+// ---- asking: one request at a time, and one more when the drawing has changed meanwhile
+
+let asking = false;
+let version = 0;
+
+function changed() {
+  version += 1;
+  if (!asking) ask();
+}
+
+async function ask() {
+  asking = true;
+  for (let asked = -1; asked !== version; ) {
+    asked = version;
+    if (empty) {
+      show(null);
+      continue;
+    }
+    let pause = PAUSE;
+    try {
+      const picture = await new Promise((resolve) => drawing.toBlob(resolve, "image/png"));
+      const response = await fetch("predict?pixels=true", { method: "POST", body: picture });
+      const found = await response.json();
+      if (response.ok) {
+        if (!empty) show(found);
+      } else {
+        answer.textContent = found.error;
+        if (response.status === 503) {
+          asked = -1; // again, after a while
+          pause = 1000;
+        }
+      }
+    } catch {
+      answer.textContent = "The server does not answer";
+    }
+    await new Promise((resolve) => setTimeout(resolve, pause));
+  }
+  asking = false;
+}
+
+function show(found) {
+  const image = seen.createImageData(28, 28);
+  rows.forEach(({ row, bar, share }, digit) => {
+    const probability = found?.probabilities[digit] ?? 0;
+    row.classList.toggle("best", digit === found?.digit);
+    bar.value = probability;
+    share.textContent = found ? percent(probability) : "";
+  });
+  for (let i = 0; i < 784; i += 1) {
+    const grey = 255 * (found?.pixels[i] ?? 0);
+    image.data.set([grey, grey, grey, 255], 4 * i);
+  }
+  seen.putImageData(image, 0, 0);
+  answer.textContent = found ? `This is a ${found.digit} (${percent(found.probabilities[found.digit])})` : "Nothing drawn yet";
+}
+
+function percent(probability) {
+  return `${(100 * probability).toFixed(1)} %`;
+}
+
+show(null);

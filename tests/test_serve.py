@@ -1,0 +1,352 @@
+"""The server as its users meet it: over a socket, and with a mouse in a browser."""
+
+import contextlib
+import http.client
+import io
+import json
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, Browser
+from PIL import Image
+
+from mnist_lit import Refusal
+
+pytest.importorskip("starlette", reason="needs the extra serve")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+HOST = "127.0.0.1"
+ZERO = json.dumps({"pixels": [0.0] * 784}).encode()
+
+
+@contextlib.contextmanager
+def running(*overrides: str) -> Iterator[tuple[int, str]]:
+    """The port of a server of its own process, and what it had printed when it was ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mnist_lit.serve", "port=0", *overrides],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        said = ""
+        while not (ready := re.search(r"ready: http://127\.0\.0\.1:(\d+)", said)):
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        yield int(ready[1]), said
+        assert process.poll() is None, process.stdout.read()  # whatever was sent to it, it lives
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def port(good_run: Path) -> Iterator[int]:
+    with running(f"ckpt={good_run}") as (port, _):
+        yield port
+
+
+def ask(
+    port: int, body: bytes = b"", path: str = "/predict", method: str = "POST", **headers: str
+) -> tuple[int, Any, dict[str, str]]:
+    """Status, JSON and headers of the answer."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=30)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        text = response.read()
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+        return response.status, json.loads(text), dict(response.headers)
+    finally:
+        connection.close()
+
+
+def png(image: np.ndarray, format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format)
+    return file.getvalue()
+
+
+def refused(answer: tuple[int, Any, dict[str, str]], status: int, sentence: str) -> bool:
+    """Whether it is the expected error, as JSON, and says nothing of the server's files and code."""
+    found, body, _ = answer
+    assert (found, list(body)) == (status, ["error"]) and sentence in body["error"], body
+    return not re.search(r"Traceback|File \"|\.py|/home|/root|/usr|site-packages", body["error"])
+
+
+def test_the_answers_are_the_models_own(port: int, good_run: Path, digits) -> None:
+    import torch
+
+    from mnist_lit.trained import load
+
+    images, _ = digits
+    images = images[:20]
+    with torch.inference_mode():
+        expected = load(good_run)(torch.from_numpy(images).unsqueeze(1) / 255).numpy()
+    for image, probabilities in zip(images, expected, strict=True):
+        numbers = json.dumps({"pixels": (image / 255).reshape(-1).tolist()}).encode()
+        for body in (png(image), numbers):
+            status, answer, _ = ask(port, body)
+            assert status == 200 and list(answer) == ["digit", "probabilities"]
+            np.testing.assert_allclose(answer["probabilities"], probabilities, atol=1e-5)
+            assert answer["digit"] == probabilities.argmax()
+        status, answer, _ = ask(port, png(image), path="/predict?pixels=true")
+        np.testing.assert_allclose(answer["pixels"], image.reshape(-1) / 255, atol=0.001)
+
+
+def test_a_large_photo_of_a_digit_is_brought_to_mnists_form(port: int, digits) -> None:
+    images, labels = digits
+    seven = images[list(labels).index(7)]
+    photo = np.full((900, 700), 230, np.uint8)
+    large = np.asarray(Image.fromarray(seven).resize((400, 400)), dtype=np.int64)
+    photo[100:500, 150:550] = 230 - large * 200 // 255
+    assert ask(port, png(photo, "JPEG"))[1]["digit"] == 7
+
+
+def test_health(port: int) -> None:
+    from mnist_lit import __version__
+
+    assert ask(port, path="/health", method="GET")[:2] == (200, {"status": "ok", "version": __version__})
+
+
+def test_32_a_port_in_use_and_a_bad_checkpoint_end_it_before_it_is_ready(
+    port: int, good_run: Path, tmp_path: Path
+) -> None:
+    from mnist_lit.serve import serve
+
+    with pytest.raises(Refusal, match=rf"port={port}: cannot listen there"):
+        serve(good_run, port=port)
+    bad = tmp_path / "bad.ckpt"
+    bad.write_bytes((good_run / "checkpoints" / "last.ckpt").read_bytes()[:5000])
+    done = subprocess.run(
+        [sys.executable, "-m", "mnist_lit.serve", "port=0", f"ckpt={bad}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "ready" not in done.stdout
+    assert done.stderr.startswith("serve: ") and done.stderr.count("\n") == 1 and "damaged" in done.stderr
+
+
+def test_33_what_is_wrong_is_said_as_json_and_the_next_good_request_is_answered(port: int) -> None:
+    def pixels(value: Any, count: int = 784) -> bytes:
+        return json.dumps({"pixels": [value] * count}).encode()
+
+    huge = png(np.zeros((1025, 1024), np.uint8))
+    good = png(np.eye(28, dtype=np.uint8) * 255)
+    for body, status, sentence in (
+        (b"\0" * (2**20 + 1), 413, "larger than 1,048,576 bytes"),
+        (b"\0" * 2**20, 415, "send a PNG or JPEG"),
+        (b"", 415, "send a PNG or JPEG"),
+        (b"GIF89a" + b"\0" * 100, 415, "send a PNG or JPEG"),
+        (good[:45], 422, "damaged"),
+        (huge, 422, "1024x1025 pixels"),
+        (png(np.full((50, 50), 255, np.uint8)), 422, "is blank"),
+        (b"{", 400, "no JSON"),
+        (b"[" * 500_000, 400, "no JSON"),
+        (b"[1]", 422, '{"pixels": [784 numbers]}'),
+        (b'{"pixel": [1]}', 422, '{"pixels": [784 numbers]}'),
+        (pixels(0, 783), 422, '{"pixels": [784 numbers]}'),
+        (pixels([0]), 422, "from 0 to 1"),
+        (pixels(float("nan")), 422, "from 0 to 1"),
+        (pixels(float("inf")), 422, "from 0 to 1"),
+        (pixels(1.01), 422, "from 0 to 1"),
+        (pixels("0"), 422, "from 0 to 1"),
+        (pixels(True), 422, "from 0 to 1"),
+        (pixels(10**400), 422, "from 0 to 1"),
+    ):
+        assert refused(ask(port, body), status, sentence), (status, sentence)
+        assert ask(port, good)[0] == 200
+    assert refused(ask(port, method="GET"), 405, "with POST")
+    assert refused(ask(port, path="/", method="POST"), 405, "")
+    assert refused(ask(port, path="/nothing", method="GET"), 404, "")
+
+
+def test_33_another_host_is_refused(port: int) -> None:
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example", f"[::1]:{port}", ""):
+        assert refused(ask(port, path="/health", method="GET", Host=host), 400, "host")
+    for host in ("localhost", f"localhost:{port}", "LOCALHOST", f"127.0.0.1:{port}"):
+        assert ask(port, path="/health", method="GET", Host=host)[0] == 200
+
+
+def test_33_no_path_leads_out_of_the_page(port: int) -> None:
+    for path in (
+        "/../web.py",
+        "/..%2fweb.py",
+        "/%2e%2e/web.py",
+        "//etc/passwd",
+        "/../../../../etc/passwd",
+        "/..\\web.py",
+    ):
+        assert refused(ask(port, path=path, method="GET"), 404, "")
+
+
+def test_33_a_slow_upload_ends_after_five_seconds(port: int) -> None:
+    with socket.create_connection((HOST, port), timeout=20) as slow:
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        start = time.monotonic()
+        answer = b""
+        sender = threading.Thread(target=_trickle, args=(slow,), daemon=True)
+        sender.start()
+        while chunk := slow.recv(4096):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive in 5 seconds" in answer
+    assert 4 < time.monotonic() - start < 9
+    assert ask(port, ZERO)[0] == 200
+
+
+def _trickle(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(b"\x89")
+            time.sleep(0.5)
+
+
+def test_33_of_200_connections_at_once_some_are_asked_to_come_back(port: int, digits) -> None:
+    """Half of a body keeps each of them under way, so that they are at once in truth."""
+    image = png(digits[0][0])
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(image)}\r\nConnection: close\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection((HOST, port), timeout=30)) for _ in range(200)]
+        for connection in connections:
+            connection.sendall(head.encode() + image[:50])
+        time.sleep(0.5)
+        for connection in connections:
+            with contextlib.suppress(OSError):  # it has its answer, and is closed
+                connection.sendall(image[50:])
+        answers = []
+        for connection in connections:
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                while chunk := connection.recv(4096):
+                    answer += chunk
+            answers.append(answer)
+    statuses = [int(answer.split()[1]) for answer in answers]
+    assert statuses.count(200) == 64 and statuses.count(503) == 136, statuses
+    for answer in answers:
+        json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert all(b"retry-after: 1" in answer for answer in answers if b" 503 " in answer)
+    assert ask(port, image)[0] == 200
+
+
+def test_33_random_and_mutated_bodies(port: int, digits) -> None:
+    """3,000 bodies, from eight connections at a time: none may end it, none may be its fault."""
+    draw = random.Random(0)
+    photo = np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8)
+    seeds = [png(digits[0][0]), png(digits[0][1], "JPEG"), png(photo), png(photo, "JPEG"), ZERO]
+    seeds += [png(np.eye(9, dtype=bool)), png(np.arange(400, dtype=np.uint16).reshape(20, 20) * 160)]
+
+    def mutated() -> bytes:
+        body = bytearray(draw.choice(seeds))
+        for _ in range(draw.choice((0, 1, 1, 3, 20))):
+            place = draw.randrange(len(body))
+            how = draw.randrange(4)
+            if how == 0:
+                body[place] = draw.randrange(256)
+            elif how == 1:
+                del body[place : place + draw.randrange(1, 30)]
+            elif how == 2:
+                body[place:place] = draw.randbytes(draw.randrange(1, 30))
+            else:
+                body[place:place] = body[place : place + draw.randrange(1, 300)]
+            body = body or bytearray(b"{")
+        return bytes(body)
+
+    bodies = [mutated() if number % 10 else draw.randbytes(draw.randrange(3000)) for number in range(3000)]
+
+    def status(body: bytes) -> int:
+        status, answer, _ = ask(port, body)
+        assert (status == 200) == ("digit" in answer)
+        return status
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(status, bodies))
+    assert {200, 415, 422} <= set(statuses) <= {200, 400, 413, 415, 422, 503}, set(statuses)
+    assert ask(port, seeds[0])[0] == 200
+
+
+def test_allow_remote_listens_for_others_and_says_so(good_run: Path) -> None:
+    with running(f"ckpt={good_run}", "allow_remote=true") as (port, said):
+        assert "warning: every machine" in said
+        assert ask(port, path="/health", method="GET", Host="this-machine.example")[0] == 200
+        with socket.create_connection(("127.0.0.2", port), timeout=5):
+            pass
+
+
+def test_without_allow_remote_only_this_machine_is_listened_to(port: int) -> None:
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.2", port), timeout=5):
+        pass
+
+
+def test_it_starts_without_lightning_and_torchvision(good_run: Path) -> None:
+    code = "import sys; from mnist_lit.web import application; from mnist_lit.trained import load; "
+    code += "application(load(sys.argv[1])); print({'lightning', 'torchvision', 'matplotlib'} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", code, good_run], cwd=ROOT, text=True) == "set()\n"
+
+
+STROKES = {
+    1: [[(0.52, 0.15), (0.49, 0.5), (0.47, 0.85)]],
+    0: [[(0.5, 0.15), (0.33, 0.3), (0.28, 0.5), (0.34, 0.72), (0.5, 0.85)], [(0.5, 0.85), (0.67, 0.7), (0.73, 0.5)]],
+}
+STROKES[0][1] += [(0.66, 0.28), (0.5, 0.15)]
+
+
+@pytest.mark.parametrize(("width", "height", "scheme"), [(1200, 800, "light"), (390, 844, "dark")])
+def test_digits_drawn_with_the_mouse_are_read(
+    port: int, browser: Browser, width: int, height: int, scheme: str
+) -> None:
+    page = browser(width, height, scheme)
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(f"http://{HOST}:{port}/")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    answer = page.locator("#answer")
+    paper = page.locator("#drawing").bounding_box()
+    for digit, strokes in STROKES.items():
+        for stroke in strokes:
+            places = [(paper["x"] + paper["width"] * x, paper["y"] + paper["height"] * y) for x, y in stroke]
+            page.mouse.move(*places[0])
+            page.mouse.down()
+            for place in places[1:]:
+                page.mouse.move(*place, steps=8)
+            page.mouse.up()
+        page.get_by_text(f"This is a {digit}").wait_for()
+        assert page.locator("progress").nth(digit).evaluate("bar => bar.value") > 0.5
+        seen = page.locator("#seen").evaluate("c => [...c.getContext('2d').getImageData(0, 0, 28, 28).data]")
+        grey = np.array(seen).reshape(28, 28, 4)[..., 0]
+        assert grey.max() > 200 and not grey[0].any()  # light on dark, whatever the scheme
+        page.get_by_role("button", name="Clear").click()
+        page.get_by_text("Nothing drawn yet").wait_for()
+        assert page.locator("progress").nth(digit).evaluate("bar => bar.value") == 0
+    assert answer.get_attribute("aria-live") == "polite"
+    assert all(url.startswith(f"http://{HOST}:{port}/") for url in requests)
+
+
+def test_the_keyboard_draws_too(port: int, browser: Browser) -> None:
+    page = browser(1200, 800, "light")
+    page.goto(f"http://{HOST}:{port}/")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    for _ in range(17):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("Space")
+    page.get_by_text("This is a 1").wait_for()
+    page.keyboard.press("ArrowRight")  # the pen is up
+    page.keyboard.press("Escape")
+    page.get_by_text("Nothing drawn yet").wait_for()
