@@ -12,10 +12,10 @@ UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(RUN) -m pip c
 	if [ -n "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX; else unset UV_DEFAULT_INDEX; fi; $(VENV)/bin/uv
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
-# Where the full MNIST is or goes, for results and bench.
+# Where the full MNIST is or goes, for demo, results and bench.
 DATA ?= data
 
-.PHONY: help setup train test check results bench soak lock
+.PHONY: help setup train demo test check results bench soak lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,11 @@ setup:  ## make .venv, install everything at the versions and checksums of requi
 
 train: setup  ## run the tutorial to its end
 	$(RUN) -m mnist_lit.train $(ARGS)
+
+demo: setup  ## draw a digit: serve the newest trained model, or train a small one first
+	@$(RUN) -c "from mnist_lit.trained import find; find('latest')" 2>/dev/null || \
+		$(RUN) -m mnist_lit.train optimizer=adam trainer.max_steps=1000 trainer.max_epochs=-1 data.dir=$(DATA)
+	$(RUN) -m mnist_lit.serve open_browser=true $(ARGS)
 
 test: setup  ## run the tests; MNIST_LIT_DATA=FOLDER lets them use the full MNIST
 	$(RUN) -m pytest $(ARGS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 from scipy import ndimage
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -63,7 +63,9 @@ def read_grey(
                 raise PictureError(f"has {frames} pictures in one file, and one is expected")
             image.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a large JPEG is read at an eighth of its size
             image.load()
-            return _grey(ImageOps.exif_transpose(image))
+            grey = _grey(ImageOps.exif_transpose(image))
+            factor = max(grey.size) // WORKING_SIDE
+            return np.asarray(grey.reduce(factor) if factor > 1 else grey, dtype=np.float32)
     except PictureError:
         raise
     except UnidentifiedImageError as error:
@@ -78,37 +80,34 @@ def read_grey(
         raise PictureError(f"is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
-def _grey(image: Image.Image) -> np.ndarray:
+def _grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits, or floating point
         values = np.asarray(image, dtype=np.float32)
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
         low, high = min(float(values.min()), 0.0), float(values.max())
         tops = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0)
         top = next((top for top in tops if low == 0 and high <= top), high)
-        return _smaller(Image.fromarray((values - low) * (255 / ((top - low) or 1))))
-    if image.has_transparency_data:
-        colors = _smaller(image.convert("RGBA"))
-        alpha = colors[..., 3:] / 255
-        light = float((colors[..., :3] * alpha).sum() / (3 * alpha.sum() or 1))
-        paper = 0.0 if light > 127.5 and alpha.min() < 1 else 255.0
-        return _clearest(colors[..., :3] * alpha + paper * (1 - alpha))
-    if image.mode in ("1", "L"):
-        return _smaller(image.convert("L"))
-    return _clearest(_smaller(image.convert("RGB")))
+        return Image.fromarray((values - low) * (255 / ((top - low) or 1)))
+    if image.mode in ("1", "L") and not image.has_transparency_data:
+        return image.convert("L")
+    return _clearest(_on_paper(image.convert("RGBA")) if image.has_transparency_data else image.convert("RGB"))
 
 
-def _clearest(colors: np.ndarray) -> np.ndarray:
-    """The lightness of colours [H, W, 3], or that one of them that varies far more."""
-    lightness = colors @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    spreads = colors.std(axis=(0, 1))
-    best = int(spreads.argmax())
-    return np.asarray(colors[..., best] if spreads[best] > 2 * lightness.std() else lightness)
+def _on_paper(image: Image.Image) -> Image.Image:
+    """An RGBA picture on paper: dark under light ink, else light."""
+    ink = image.getchannel("A")
+    inked = ImageStat.Stat(image.convert("L"), ink)
+    paper = Image.new("RGB", image.size, "black" if inked.sum[0] > 127.5 * inked.count[0] else "white")
+    paper.paste(image, mask=ink)
+    return paper
 
 
-def _smaller(image: Image.Image) -> np.ndarray:
-    """Its values, float32, averaged so that the longest side is at most twice ``WORKING_SIDE``."""
-    factor = max(image.size) // WORKING_SIDE
-    return np.asarray(image.reduce(factor) if factor > 1 else image, dtype=np.float32)
+def _clearest(image: Image.Image) -> Image.Image:
+    """The lightness of an RGB picture, or that one of its colours that varies far more."""
+    lightness = image.convert("L")
+    spreads = ImageStat.Stat(image).stddev
+    clearest = max(range(3), key=spreads.__getitem__)
+    return image.getchannel(clearest) if spreads[clearest] > 2 * ImageStat.Stat(lightness).stddev[0] else lightness
 
 
 def to_mnist(grey: np.ndarray) -> np.ndarray:

@@ -34,7 +34,6 @@ def serve(
 
         torch.set_num_threads(1)  # as many pictures at a time as there are cores, each on one
         model = load(ckpt)
-        model(torch.zeros(1, 1, 28, 28))  # the first takes longer
         address = f"http://{LOOPBACK[0]}:{listener.getsockname()[1]}"
 
         class Server(uvicorn.Server):

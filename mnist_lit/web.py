@@ -17,6 +17,7 @@ import anyio
 import numpy as np
 import torch
 from anyio.to_thread import run_sync
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -67,6 +68,10 @@ class _Predictions:
     def __init__(self, model: TrainedModel) -> None:
         self.model, self.under_way = model, 0
         self.threads = anyio.CapacityLimiter(os.cpu_count() or 1)
+        for form in ("PNG", "JPEG"):  # the first ones take longer
+            picture = io.BytesIO()
+            Image.fromarray(np.eye(2 * SIDE, dtype=np.uint8) * 255).save(picture, form)
+            self._predict(picture.getvalue())
 
     async def answer(self, request: Request) -> Response:
         """``{"digit": 7, "probabilities": [ten numbers]}`` for the picture, or the 784 pixels, in the body.

@@ -204,7 +204,7 @@ def test_the_wheel_carries_conf_and_its_command_runs_from_any_folder(tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in elsewhere.iterdir()] == ["outputs"]
-    for verb in ("train", "convert"):
+    for verb in ("train", "evaluate", "predict", "export", "convert", "serve"):
         shown = subprocess.check_output(
             [tmp_path / "venv" / "bin" / f"mnist-lit-{verb}", "--help"], cwd=elsewhere, env=environment
         )
