@@ -148,11 +148,14 @@ def test_03_04_a_signal_stops_at_the_end_of_the_step_and_says_how_to_go_on(
 
 
 def test_04_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    # A step of some seconds in many small parts: Python sees a signal only between two operations of PyTorch.
-    process = started(tmp_path, "data.batch_size=4", "trainer.accumulate_grad_batches=1000")
-    for _ in range(2):
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+    # A long step in many small parts: Python sees a signal only between two operations of PyTorch.
+    process = started(tmp_path, "data.batch_size=1", "trainer.accumulate_grad_batches=1000")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith("stopping at the end of this step"):
+            break
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[-1].startswith("train: stopped at once by Ctrl-C")
