@@ -61,8 +61,9 @@ bench: setup  ## time this project against its peers (DATA=FOLDER) and write doc
 	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python -r pyproject.toml --extra bench
 	$(VENV)-bench/bin/python benchmarks/bench.py $(DATA) $(ARGS)
 
-soak: setup  ## kill a small run at 100 random moments and go on with it: the same bits every time?
+soak: setup  ## kill runs and a sweep at random moments and go on with them: the same results every time?
 	$(RUN) -W ignore tests/soak.py $(ARGS)
+	$(RUN) tests/soak_sweep.py
 
 lock: setup  ## renew requirements.lock from pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes \

@@ -27,10 +27,13 @@ PATH_KEYS = (
     "contact_sheet",
     "source",
     "target",
+    "storage",
 )
 
-# Sections that are arguments of a class: it refuses by itself what it does not know, so they may have more keys.
+# Sections that are arguments of a class: it refuses by itself what it does not know, so they may have more keys. What
+# is searched may have more and fewer.
 CLASS_SECTIONS = ("model", "optimizer", "trainer", "logger")
+FREE_SECTIONS = ("space",)
 
 
 def settings(verb: str, *overrides: str) -> dict[str, Any]:
@@ -67,6 +70,29 @@ class ConfigFiles:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=self.name):
             return hydra.compose(self.name, [*overrides, *path], return_hydra_config=True)
 
+    def sweep_jobs(self, overrides: Iterable[str]) -> list[list[str]]:
+        """The overrides of each job of a sweep without Hydra's own, as its basic sweeper makes them, in its order.
+
+        Raises:
+            Refusal: Another sweeper was chosen.
+        """
+        import hydra
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=self.name):
+            parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+            parsed = parser.parse_overrides([*overrides])
+            fixed = [each.input_line for each in parsed if not each.is_sweep_override() and each.input_line]
+        sweeper = self.compose(fixed).hydra.sweeper
+        if not sweeper._target_.endswith(".BasicSweeper"):
+            raise Refusal("hydra/sweeper: a sweep is a grid here; python -m mnist_lit.tune searches")
+        params = parser.parse_overrides([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
+        own = [each for each in parsed if not each.key_or_group.startswith(("hydra.", "hydra/"))]
+        (jobs,) = BasicSweeper.split_arguments([*params, *own], max_batch_size=None)
+        return jobs
+
     def outputs_folder(self) -> Path:
         """Where runs have their folders."""
         return Path(self.compose([]).hydra.run.dir).parent
@@ -82,20 +108,17 @@ class ConfigFiles:
         """
         from omegaconf import OmegaConf
 
-        own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-        if missing := OmegaConf.missing_keys(own):
+        if missing := OmegaConf.missing_keys(_own(config)):
             raise Refusal(f"{', '.join(f'{key}=' for key in sorted(missing))} must be given (--help shows how)")
-        values = _plain(own)
+        values = own_values(config)
         check(values, self.defaults(choices))
         return values
 
     def defaults(self, choices: Mapping[str, str | None]) -> dict[str, Any]:
         """The values of the chosen groups without any other change: what keys there are, and of which types."""
-        from omegaconf import OmegaConf
-
         groups = {group: option for group, option in choices.items() if "hydra" not in group and group != "experiment"}
         config = self.compose(f"{group}={option}" for group, option in groups.items() if option)
-        return _plain(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+        return own_values(config)
 
     @contextmanager
     def errors_as_refusals(self, overrides: Iterable[str]) -> Iterator[None]:
@@ -117,6 +140,10 @@ class ConfigFiles:
             match error:
                 case MissingConfigException(missing_cfg_file=str(path), options=[*options]):
                     group, _, option = path.rpartition("/")
+                    package = option.split("_")[0]
+                    if group == "hydra/launcher" and package in ("joblib", "submitit", "ray"):
+                        needed = f"pip install hydra-{package}-launcher"
+                        raise Refusal(f"{group}={option} needs a package that is not installed: {needed}") from error
                     text = f"{group}={option}: there is no such choice; there are {', '.join(sorted(options))}"
                 case yaml.YAMLError():
                     text = f"a YAML file cannot be read: {text}"
@@ -147,10 +174,21 @@ class ConfigFiles:
         return [*flat(known), *groups]
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def _own(config: Any) -> Any:
     from omegaconf import OmegaConf
 
-    return {str(key): value for key, value in OmegaConf.to_container(config, resolve=True).items()}  # type: ignore
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
+def own_values(config: Any, resolve: bool = True) -> dict[str, Any]:
+    """Everything but Hydra's part of a composed configuration, as plain values.
+
+    Args:
+        resolve: Whether references, ``${...}``, become what they refer to.
+    """
+    from omegaconf import OmegaConf
+
+    return {str(key): value for key, value in OmegaConf.to_container(_own(config), resolve=resolve).items()}  # type: ignore
 
 
 def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -160,14 +198,14 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         Refusal: Names the key, the value and what is allowed.
     """
     known, given = flat(defaults), flat(values)
-    if gone := known.keys() - given.keys():
+    if gone := {key for key in known.keys() - given.keys() if key.split(".")[0] not in FREE_SECTIONS}:
         raise Refusal(f"{min(gone)} is needed: it can be changed, but not taken away")
     for key, value in given.items():
         if key in known:
             rule = RANGES.get(key) or of_type(known[key])
             if not rule.holds(value) and not (value is None and known[key] is None):
                 raise Refusal(f"{key}={value}: must be {rule.allowed}")
-        elif key.split(".")[0] not in CLASS_SECTIONS:
+        elif key.split(".")[0] not in CLASS_SECTIONS + FREE_SECTIONS:
             raise Refusal(f"unknown key {key}{suggestion(key, known)}")
 
 

@@ -17,16 +17,18 @@ from typing import Any
 
 from mnist_lit import Refusal, Stopped, runs
 from mnist_lit.configuration import CONF, ConfigFiles, check, flat, quoted
+from mnist_lit.job import end_with_parent
 
 log = logging.getLogger(__name__)
 
 
-def launch(verb: str, work: Callable[..., Any], run_folder: bool = False) -> None:
+def launch(verb: str, work: Callable[..., Any], run_folder: bool = False, sweeps: bool = False) -> None:
     """Run ``work`` with the configuration ``conf/<verb>.yaml`` and the command line's changes to it.
 
     Args:
         work: Gets the configuration's sections as plain values, and ``folder`` if ``run_folder``.
         run_folder: Whether each run has a folder of its own, which no other run may share.
+        sweeps: Whether it takes -m, for many runs.
     """
     import hydra
     from hydra._internal.utils import get_args_parser
@@ -38,16 +40,23 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False) -> Non
         print(help_text(verb, flags.overrides))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come to us as they are, not as Hydra's printed text
+    end_with_parent()
     files = ConfigFiles(flags.config_name or verb, flags.config_dir)
     job = _Job(verb, files, work, run_folder)
+    hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     try:
         with files.errors_as_refusals(flags.overrides):
             overrides = flags.overrides
+            multirun = flags.multirun or "hydra.mode=MULTIRUN" in overrides
+            if multirun and not _only_shows(flags):
+                if not sweeps:
+                    raise Refusal("-m: only train makes sweeps")
+                _sweep(verb, files, flags, arguments, hydra_main)
+                return
             if not _only_shows(flags):
-                overrides, job.continued = _prepare(files, flags, run_folder)
-            # Hydra wants the overrides side by side.
-            sys.argv[1:] = [*(a for a in arguments if a not in flags.overrides), *overrides]
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(job)()
+                overrides, job.continued = _prepare(files, overrides, run_folder)
+            _hand_over(arguments, flags, overrides)
+            hydra_main(job)()
         if job.refusal:
             raise job.refusal
     except Refusal as refusal:
@@ -70,32 +79,16 @@ class _Job:
 
     def __call__(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
 
         of_hydra = HydraConfig.get()
-        is_sweep = of_hydra.mode is RunMode.MULTIRUN
         folder = Path(of_hydra.runtime.output_dir)
         try:
             values = self.continued or self.files.checked_values(config, of_hydra.runtime.choices)
-            if is_sweep and _has_several_processes(values.get("trainer", {})):
-                raise Refusal(
-                    "a sweep (-m) cannot start several processes a job: start such runs one by one, without -m"
-                )
             self.work(**{"folder": folder} if self.run_folder else {}, **values)
         except Refusal as refusal:
-            if is_sweep:
-                log.error("refused: %s", refusal)
-                raise  # the sweep's other jobs go on
             if self.run_folder:
                 _remove_traces(folder, self.verb)
             self.refusal = refusal  # raised here, Hydra would print a line of its own
-
-
-def _has_several_processes(trainer: dict[str, Any]) -> bool:
-    """Lightning starts them by running the command again, which with -m would start the sweep again."""
-    devices = trainer.get("devices", 1)
-    one = str(devices) == "1" or (isinstance(devices, list) and len(devices) == 1)
-    return not one or trainer.get("num_nodes", 1) > 1
 
 
 def help_text(verb: str, overrides: list[str]) -> str:
@@ -105,7 +98,9 @@ def help_text(verb: str, overrides: list[str]) -> str:
     text = (CONF / f"{verb}.yaml").read_text(encoding="utf-8")
     chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
     parts = [text.rstrip()]
-    groups = [entry for entry in yaml.safe_load(text)["defaults"] if isinstance(entry, dict)]
+    defaults = yaml.safe_load(text)["defaults"]
+    parts += [f"# ---- {name}\n\n{help_text(name, overrides)}" for name in defaults if name == "train"]
+    groups = [entry for entry in defaults if isinstance(entry, dict)]
     for group, default in (pair for entry in groups for pair in entry.items() if not pair[0].startswith("override")):
         option = chosen.get(group, default)
         options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
@@ -120,7 +115,12 @@ def _only_shows(flags: Any) -> bool:
     return bool(flags.cfg or flags.info or flags.hydra_help or flags.shell_completion or flags.experimental_rerun)
 
 
-def _prepare(files: ConfigFiles, flags: Any, run_folder: bool) -> tuple[list[str], dict[str, Any] | None]:
+def _hand_over(arguments: list[str], flags: Any, overrides: list[str]) -> None:
+    """Let Hydra find these overrides on the command line, where it wants them side by side."""
+    sys.argv[1:] = [*(argument for argument in arguments if argument not in flags.overrides), *overrides]
+
+
+def _prepare(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tuple[list[str], dict[str, Any] | None]:
     """Check the command line and claim the run's folder, all before Hydra starts.
 
     Returns:
@@ -128,31 +128,76 @@ def _prepare(files: ConfigFiles, flags: Any, run_folder: bool) -> tuple[list[str
     """
     from omegaconf.errors import InterpolationResolutionError
 
-    overrides: list[str] = flags.overrides
-    multirun = flags.multirun or "hydra.mode=MULTIRUN" in overrides
-    config = files.compose(_first_job(overrides) if multirun else overrides)
+    config = files.compose(overrides)
     if config.get("resume"):
-        if multirun:
-            raise Refusal("resume= goes on with one run: leave out -m")
         return _prepare_resume(files, overrides, config)
-    if not multirun:  # each job of a sweep checks its own values, so that the others run
-        with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
-            values = files.checked_values(config, config.hydra.runtime.choices)
-            _refuse_missing_gpu(values.get("trainer", {}).get("accelerator"))
+    with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
+        values = files.checked_values(config, config.hydra.runtime.choices)
+        _refuse_missing_gpu(values.get("trainer", {}).get("accelerator"))
     if not run_folder or _is_another_process():  # of the same run: the folder is ours already
         return overrides, None
-    key, value = ("hydra.sweep.dir", config.hydra.sweep.dir) if multirun else ("hydra.run.dir", config.hydra.run.dir)
+    folder = _claimed(overrides, "hydra.run.dir", config.hydra.run.dir)
+    if runs.holds_run(folder):
+        raise Refusal(f"{folder} holds a run already: choose another hydra.run.dir, or go on with it: resume={folder}")
+    return [*overrides, quoted(f"hydra.run.dir={folder}")], None
+
+
+def _claimed(overrides: list[str], key: str, value: str | None) -> Path:
+    """The folder that ``key`` names, made if it is not there; if it was not named, one that nobody else has."""
     if not value:
         raise Refusal(f"{key}= is empty: give it a folder, or leave it out")
     folder = Path(value)
     if not any(override.startswith(f"{key}=") for override in overrides):
-        folder = runs.claim(folder)
-    elif runs.holds_run(folder):
-        more = "" if multirun else f", or go on with it: resume={folder}"
-        raise Refusal(f"{folder} holds a run already: choose another {key}{more}")
-    else:
-        runs.make(folder)
-    return [*overrides, quoted(f"{key}={folder}")], None
+        return runs.claim(folder)
+    runs.make(folder)
+    return folder
+
+
+def _sweep(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydra_main: Any) -> None:
+    """Plan the jobs of a sweep, have Hydra's launcher run them, and say at the end which have failed.
+
+    Raises:
+        Refusal: A job cannot be composed, this command makes no sweeps, or jobs have failed.
+    """
+    from mnist_lit import sweep
+
+    overrides: list[str] = flags.overrides
+    hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    config = files.compose([*files.sweep_jobs(overrides)[0], *hydras])
+    if config.get("resume"):
+        raise Refusal("resume= goes on with one run: leave out -m (a sweep goes on with its hydra.sweep.dir=)")
+    if any(override.startswith("hydra.sweep.subdir=") for override in hydras):
+        raise Refusal("hydra.sweep.subdir: a job's folder has the name of what was changed for it")
+    # A launcher's process that starts elsewhere finds the package where it is here.
+    places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    folder = _claimed(overrides, "hydra.sweep.dir", config.hydra.sweep.dir)
+    with runs.in_use(folder):
+        jobs = sweep.plan(files, overrides, folder)
+        for_each = [override for override in hydras if not sweep.OF_THE_SWEEP.match(override)]
+        for_each += [f"--config-name={flags.config_name}"] if flags.config_name else []
+        for_each += [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
+        side_by_side = not config.hydra.launcher._target_.endswith(".BasicLauncher")
+        task = sweep.Sweep(verb, jobs, for_each, quiet=side_by_side)
+        # No .hydra in the sweep's folder: each job has its own.
+        _hand_over(arguments, flags, [*overrides, quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"])
+        signal.signal(signal.SIGTERM, _stopped)
+        again = f"{runs.shown(folder.absolute())}; the same command with hydra.sweep.dir={folder} runs what is missing"
+        try:
+            hydra_main(task)()
+        except KeyboardInterrupt as error:
+            raise Stopped(signal.SIGINT, f"stopped by Ctrl-C; the sweep is in {again}") from error
+        except Stopped as stopped:
+            raise Stopped(stopped.signal, f"stopped by SIGTERM; the sweep is in {again}") from stopped
+        except Exception as error:
+            log.debug("the launcher failed", exc_info=True)
+            raise Refusal(f"the launcher failed ({type(error).__name__}: {error}); the sweep is in {again}") from error
+    if failed := sum(not job.results for job in jobs):
+        raise Refusal(f"{failed} of {len(jobs)} jobs failed; the sweep is in {again}")
+
+
+def _stopped(number: int, frame: Any) -> None:
+    raise Stopped(number, "stopped")
 
 
 def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tuple[list[str], dict[str, Any]]:
@@ -168,7 +213,11 @@ def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tu
     named = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
     typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
     continued = resume.continued(run, values, typed)
-    check(continued, files.defaults(choices))
+    # Which network, optimizer and loggers it has is said by the run, not by this command's choices.
+    check(
+        continued,
+        files.defaults(choices) | {section: continued[section] for section in ("model", "optimizer", "logger")},
+    )
     _refuse_missing_gpu(continued["trainer"]["accelerator"])
     kept = [override for override in overrides if override.split("=", 1)[0] not in ("resume", "hydra.run.dir")]
     # The path itself, for further processes of this run: by then something else may be the latest.
@@ -186,20 +235,6 @@ def _refuse_missing_gpu(accelerator: Any) -> None:
     if accelerator in ("gpu", "cuda") and sys.platform == "linux":
         if not any(found for device in devices for found in Path("/dev").glob(device)):
             raise Refusal(f"trainer.accelerator={accelerator}: this machine has no GPU; auto takes what there is")
-
-
-def _first_job(overrides: list[str]) -> list[str]:
-    """The overrides of a sweep's first job."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import ValueType
-
-    first = []
-    for override in OverridesParser.create().parse_overrides(overrides):
-        if not override.is_sweep_override() and override.input_line:
-            first.append(override.input_line)
-        elif override.is_discrete_sweep() and override.value_type is not ValueType.GLOB_CHOICE_SWEEP:
-            first.append(f"{override.get_key_element()}={next(override.sweep_string_iterator())}")
-    return first
 
 
 def _remove_traces(folder: Path, verb: str) -> None:

@@ -87,6 +87,15 @@ RANGES = {
     "allow_remote": SWITCH,
     "open_browser": SWITCH,
     "resume": Rule("latest, a run's folder, or a checkpoint", lambda v: isinstance(v, str) and v != ""),
+    "n_trials": whole(1),
+    "storage": Rule("a database's address, such as sqlite:///outputs/tune.db", PATH.holds),
+    "study": Rule(
+        "a name of letters, digits, - and _", lambda v: re.fullmatch(r"[\w-]+", str(v), re.ASCII) is not None
+    ),
+    "sampler": one_of("tpe", "random"),
+    "pruner": one_of("median", "none"),
+    "sampler_seed": whole(0, 2**32 - 1),
+    "workers": whole(1),
     "seed": whole(0, 2**32 - 1),
     "data.dir": Rule("the name of a folder", lambda v: isinstance(v, str) and v != ""),
     "data.source": one_of("auto", "mnist", "sample"),

@@ -1,6 +1,7 @@
 """``resume=``: which run goes on, from which checkpoint, and with which configuration."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     own, new = flat(run.config), flat(asked)
     different = sorted(key for key in typed if own.get(key) != new.get(key))
     epochs = "trainer.max_epochs"
-    other = [key for key in different if not _is_free(key) and key != epochs]
+    other = [key for key in different if not is_free(key) and key != epochs]
     if other:
         differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)
         raise Refusal(f"{run.folder} is another run: {differences}; leave these out to go on with it")
@@ -101,8 +102,9 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     return {**values, "resume": str(run.start)}
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+def is_free(key: str, free: Iterable[str] = FREE) -> bool:
+    """Whether ``key``, or the section that it is in, may change without making it another run."""
+    return any(key == each or key.startswith(f"{each}.") for each in free)
 
 
 def compare_machines(before: dict[str, Any], now: dict[str, Any]) -> None:

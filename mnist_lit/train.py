@@ -155,7 +155,7 @@ def _table(results: dict[str, Any], folder: Path) -> str:
 
 
 def main() -> None:
-    launch("train", train, run_folder=True)
+    launch("train", train, run_folder=True, sweeps=True)
 
 
 if __name__ == "__main__":

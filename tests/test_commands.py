@@ -57,17 +57,6 @@ def test_full_data_from_the_command_line(full_data_dir: str, tmp_path: Path) -> 
     assert json.loads((folder / "metrics.json").read_text())["data"]["name"] == "mnist"
 
 
-def test_a_sweep_makes_a_folder_for_each_job_and_a_refused_one_does_not_stop_the_others(tmp_path: Path) -> None:
-    done = command("-m", *QUICK, "data.val_size=4000,10,-1,20", "hydra.sweep.dir=s", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("train: data.val_size=4000: must be from 0 to 3999")
-    assert "refused: data.val_size=-1: must be a whole number" in done.stdout
-    assert "refused: data.val_size=4000" in (tmp_path / "s" / "0" / "train.log").read_text()
-    assert "Traceback" not in done.stderr
-    results = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("s/*/metrics.json")}
-    assert {name: result["data"]["val"] for name, result in results.items()} == {"1": 10, "3": 20}
-
-
 def test_a_run_that_is_refused_late_leaves_no_folder(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -137,13 +126,6 @@ def test_two_processes_train_as_one_does_and_count_every_test_image_once(tmp_pat
     for key in ("train/loss", "train/acc", "test/loss"):
         assert results[2][key] == pytest.approx(results[1][key], rel=1e-4), key
     assert results[2]["test/acc"] == pytest.approx(results[1]["test/acc"], abs=1.5e-3)
-
-
-def test_several_processes_in_a_sweep_are_refused(tmp_path: Path) -> None:
-    done = command("-m", "data.source=sample", "trainer.devices=2,auto", "seed=0,1", "hydra.sweep.dir=s", cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stdout.count("refused: a sweep (-m) cannot start several processes") == 4
-    assert done.stderr.splitlines()[-1].startswith("train: a sweep (-m) cannot start several processes")
 
 
 def test_06_folders_that_cannot_be_made_are_refused(tmp_path: Path) -> None:

@@ -306,3 +306,9 @@ def test_27_a_second_run_of_the_same_folder_and_a_sweep_cannot_resume(finished_r
     ):
         done = command(*arguments, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr.startswith(sentence)
+
+
+def test_a_run_with_another_optimizer_or_network_goes_on_without_naming_it_again(tmp_path: Path) -> None:
+    train(tmp_path / "run", **small("optimizer=adam", "trainer.max_epochs=1"))
+    done = command("resume=run", cwd=tmp_path)
+    assert done.returncode == 0 and "run is finished" in done.stdout, done.stderr

@@ -1,0 +1,197 @@
+"""A sweep: which jobs it has, which of them are missing, and what Hydra calls for each.
+
+Hydra's launchers decide where and when a job runs. There its work is the plain command in a process of its own, so no
+job can end another one, and a killed launcher leaves jobs behind that the same command goes on with.
+"""
+
+import json
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mnist_lit import Refusal, job, resume, runs
+from mnist_lit.configuration import ConfigFiles, flat, own_values, quoted
+from mnist_lit.files import write_whole
+
+log = logging.getLogger("mnist_lit.sweep")
+
+QUOTES = "'\""
+FILE = "job.json"  # in a job's folder: what it was asked, and how it ended
+# Where the jobs run and what the folders are called is the sweep's affair; each job has a folder of its own.
+OF_THE_SWEEP = re.compile(r"[+~]*hydra(/launcher|/sweeper|\.(launcher|sweeper|sweep|run|mode|job_logging|callbacks)\b)")
+
+
+@dataclass
+class Job:
+    """One job of a sweep, as ``job.json`` in its folder has it.
+
+    Attributes:
+        folder: Its folder; not in the file.
+        overrides: What was changed for it, key by key.
+        config: The whole configuration that this gives, flat.
+        status: waiting, running, finished, failed or stopped.
+        reason: Why it failed, or empty.
+        seconds: How long its process took, the start included.
+    """
+
+    folder: Path
+    overrides: dict[str, str]
+    config: dict[str, Any] = field(repr=False)
+    status: str = "waiting"
+    reason: str = ""
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, folder: Path) -> "Job":
+        job = cls(folder, **json.loads((folder / FILE).read_text(encoding="utf-8")))
+        if job.results:  # perhaps it was all done when the sweep was killed
+            job.status, job.reason = "finished", ""
+        return job
+
+    def write(self) -> None:
+        content = {key: value for key, value in asdict(self).items() if key != "folder"}
+        write_whole(
+            self.folder / FILE, (json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n").encode()
+        )
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What ``metrics.json`` has: empty as long as the job has not ended well."""
+        path = self.folder / "metrics.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def differing(jobs: Sequence[Job]) -> list[str]:
+    """The keys by whose values the jobs differ, in the order of the command line."""
+    keys = {key: None for job in jobs for key in job.overrides}
+    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+
+
+def title(overrides: dict[str, str], keys: Sequence[str]) -> str:
+    """ "optimizer.lr=0.3 seed=1", of these keys."""
+    return " ".join(f"{key}={overrides[key]}" for key in keys if key in overrides) or "as configured"
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """All jobs that a sweep's folder has."""
+    return [Job.read(path.parent) for path in sorted(folder.glob(f"*/{FILE}"))]
+
+
+def plan(files: ConfigFiles, overrides: Sequence[str], folder: Path) -> list[Job]:
+    """The jobs of a sweep, each with its folder: the one that was asked the same before, or a new one.
+
+    Raises:
+        Refusal: ``folder`` holds a single run, or another sweeper was chosen.
+    """
+    if (folder / "config.yaml").exists():
+        raise Refusal(f"{folder} holds a run, not a sweep: choose another hydra.sweep.dir")
+    lists = files.sweep_jobs(overrides)
+    asked = [dict(override.split("=", 1) for override in each) for each in lists]
+    swept = [key for key in asked[0] if len({each[key] for each in asked}) > 1]
+    # What cannot make a job another one does not count, such as where the data are, unless it was swept over.
+    free = [key for key in resume.FREE if key not in swept]
+    configs = [
+        flat(own_values(files.compose(each), resolve=False)) for each in lists
+    ]  # all are composed before a folder is made
+    folder = folder.absolute()  # jobs may run in processes that are elsewhere
+    there = read_jobs(folder)
+    jobs: list[Job] = []
+    for own, config in zip(asked, configs, strict=True):
+        known = next((old for old in [*there, *jobs] if not _differ(old.config, config, free)), None)
+        if known is None:
+            known = Job(runs.claim(folder / _name(own, swept)), own, config)
+            known.write()
+        jobs.append(known)
+    return jobs
+
+
+def _differ(old: dict[str, Any], new: dict[str, Any], free: Sequence[str]) -> bool:
+    plain = json.loads(json.dumps(new, default=str))
+    return any(old.get(key) != plain.get(key) for key in old.keys() | plain.keys() if not resume.is_free(key, free))
+
+
+def _name(overrides: dict[str, str], swept: Sequence[str]) -> str:
+    """``lr-0.3_seed-1`` for optimizer.lr=0.3 seed=1."""
+    last = [key.rpartition(".")[2] for key in swept]
+    parts = [
+        f"{short if last.count(short) == 1 else key}-{overrides[key].strip(QUOTES)}"
+        for key, short in zip(swept, last, strict=True)
+    ]
+    return re.sub(r"[^\w.+-]+", "-", "_".join(parts), flags=re.ASCII).strip("-.")[:100] or "job"
+
+
+class Sweep:
+    """What Hydra's launcher calls, perhaps in another process or on another machine, with each job's configuration.
+
+    Args:
+        jobs: By their numbers.
+        for_each: Arguments for each job's command besides its overrides.
+        quiet: Whether jobs run side by side, so that what they say would be a muddle.
+    """
+
+    def __init__(self, verb: str, jobs: list[Job], for_each: list[str], quiet: bool) -> None:
+        self.verb, self.jobs, self.for_each, self.quiet = verb, jobs, for_each, quiet
+        self.keys = differing(jobs)
+        self.cwd, self.host, self.process = Path.cwd(), socket.gethostname(), os.getpid()
+
+    def __call__(self, config: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        number = HydraConfig.get().job.num
+        mine = self.jobs[number]
+        place, asked = f"job {number + 1} of {len(self.jobs)}", title(mine.overrides, self.keys)
+        if (mine.folder / "metrics.json").exists():
+            log.info("%s has been run: %s", place, asked)
+            return
+        if self._is_over():
+            return
+        log.info("%s: %s", place, asked)
+        started = time.monotonic()
+        mine.status = "running"
+        mine.write()
+        try:
+            ended = job.run(self.verb, self._arguments(mine), self.cwd, self.quiet, look=self._is_over)
+            finished = ended.code == 0 and bool(mine.results)
+            mine.status = "finished" if finished else "failed"
+            mine.reason = (
+                ""
+                if finished
+                else "it ended without results"
+                if ended.code == 0
+                else ended.reason.removeprefix(f"{self.verb}: ")
+            )
+            if not finished:
+                write_whole(mine.folder / "error.txt", f"{ended.error_output}\n".encode())
+        except BaseException:
+            mine.status, mine.reason = "stopped", "the sweep was stopped"
+            raise
+        finally:
+            mine.seconds = time.monotonic() - started
+            mine.write()
+        found = [
+            f"{key} {mine.results[key]:.4f}" for key in ("val/acc", "test/acc") if mine.results.get(key) is not None
+        ]
+        log.info("%s %s: %s  %s", place, mine.status, asked, "  ".join(found) or mine.reason)
+
+    def _arguments(self, mine: Job) -> list[str]:
+        each = [f"{key}={value}" for key, value in mine.overrides.items()]
+        if (mine.folder / "config.yaml").exists():  # begun, and not finished
+            each = [override for override in each if resume.is_free(override.split("=")[0])]
+            return [*each, *self.for_each, quoted(f"resume={mine.folder}")]
+        return [*each, *self.for_each, quoted(f"hydra.run.dir={mine.folder}")]
+
+    def _is_over(self) -> bool:
+        """Whether the process that runs the sweep is gone; known only on the same machine."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.process, 0)
+        except ProcessLookupError:
+            return True
+        return False

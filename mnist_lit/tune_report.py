@@ -1,0 +1,115 @@
+"""What a search found: the best settings as an experiment to run, a table of the trials, and Optuna's own pictures."""
+
+import csv
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mnist_lit import runs
+from mnist_lit.configuration import CONF
+from mnist_lit.files import write_whole
+
+log = logging.getLogger("mnist_lit.tune")
+
+PICTURES = ("optimization_history", "param_importances", "slice", "intermediate_values", "parallel_coordinate")
+SHOWN = 10  # trials in the table on the terminal
+
+
+def report(folder: Path, study: Any, overrides: Sequence[str]) -> None:
+    """Write the results of ``study`` into ``folder``, and show the best of them.
+
+    Raises:
+        CannotWriteError: What was there before is untouched.
+    """
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False)
+    write_whole(folder / "trials.csv", _csv(trials).encode())
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if not complete:
+        log.warning("no trial came to its end")
+        return
+    complete.sort(key=lambda trial: -trial.value)
+    (folder / "experiment").mkdir(exist_ok=True)
+    best = complete[0]
+    path = folder / "experiment" / "best.yaml"
+    write_whole(path, experiment(best, study.study_name, overrides).encode())
+    _draw(study, folder, several=len(complete) > 1)
+    keys = list(best.params)
+    rows = [["trial", "val/acc", *keys]]
+    rows += [[str(t.number), f"{t.value:.4f}", *(_short(t.params[key]) for key in keys)] for t in complete[:SHOWN]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    table = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
+    bad = [trial for trial in trials if "reason" in trial.user_attrs]
+    lines = [f"failed: trial {trial.number}: {trial.user_attrs['reason']}" for trial in bad]
+    lines += [
+        f"{len(complete)} trials to their end, {pruned} pruned, {len(bad)} failed; all are in {runs.shown(folder)}"
+    ]
+    lines += [f"the best one again: python -m mnist_lit.train --config-dir={runs.shown(folder)} experiment=best"]
+    log.info("\n%s\n\n%s", table, "\n".join(lines))
+
+
+def experiment(trial: Any, study: str, overrides: Sequence[str]) -> str:
+    """The settings of a trial as a file for ``experiment=``; where the data are is left to whoever runs it."""
+    groups, values = [], {}
+    for override in overrides:
+        key, _, text = override.lstrip("+").partition("=")
+        if (CONF / key).is_dir():
+            groups.append({f"override /{key}": text})
+        elif key not in ("data.dir", "data.source", "trainer.enable_checkpointing"):
+            values[key] = yaml.safe_load(text)
+    content: dict[str, Any] = {"defaults": groups} if groups else {}
+    for path, value in {**values, **trial.params}.items():
+        *sections, name = path.split(".")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    head = f"# @package _global_\n# The best of the study {study}: validation accuracy {trial.value:.4f} in trial {trial.number}.\n"
+    return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _csv(trials: list[Any]) -> str:
+    keys = list({key: None for trial in trials for key in trial.params})
+    columns = ["trial", "state", "val/acc", *keys, "epochs", "seconds", "folder", "reason"]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    for trial in trials:
+        steps = trial.intermediate_values
+        row = {"trial": trial.number, "state": trial.state.name.lower(), "epochs": max(steps, default=0)}
+        row |= {"val/acc": max(steps.values(), default=""), **trial.params}
+        row |= {key: trial.user_attrs.get(key, "") for key in ("folder", "reason")}
+        writer.writerow(row | {"seconds": round(trial.duration.total_seconds(), 1) if trial.duration else ""})
+    return text.getvalue()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _draw(study: Any, folder: Path, several: bool) -> None:
+    """Optuna's pictures; most of them need several trials."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import optuna.visualization.matplotlib as visualization
+
+    for name in PICTURES if several else PICTURES[:1]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are experimental, says each
+            try:
+                drawn = getattr(visualization, f"plot_{name}")(study)
+            except (ValueError, RuntimeError) as error:  # all trials alike, for instance
+                log.info("no picture of %s: %s", name, error)
+                continue
+        axes = drawn.flat[0] if hasattr(drawn, "flat") else drawn
+        axes.figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        plt.close("all")

@@ -1,0 +1,217 @@
+"""Sweeps: which jobs run in which folder, that none can end another, and what the summary says."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from test_commands import QUICK, command
+
+from mnist_lit import Refusal
+from mnist_lit.configuration import ConfigFiles
+from mnist_lit.summary import best_first, summarize, table
+from mnist_lit.sweep import Job, plan, read_jobs
+
+NETWORK = """\
+import os, signal, sys
+from mnist_lit.network import TutorialCNN
+
+class Odd(TutorialCNN):
+    def __init__(self, how="well"):
+        super().__init__()
+        self.how = how
+
+    def forward(self, images):
+        if self.how == "raises":
+            raise ZeroDivisionError("as the test wants it")
+        if self.how == "exits":
+            sys.exit(5)
+        if self.how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images)
+"""
+SMALL = [
+    *("data.source=sample", "data.batch_size=100", "data.val_size=200", "trainer.accelerator=cpu"),
+    *("trainer.max_epochs=2", "trainer.limit_train_batches=3", "trainer.limit_test_batches=2"),
+]
+
+
+def planned(folder: Path, *overrides: str) -> list[Job]:
+    return plan(ConfigFiles("train"), overrides, folder)
+
+
+def names(jobs: list[Job]) -> list[str]:
+    return [job.folder.name for job in jobs]
+
+
+def results(job: Job, **values: float) -> None:
+    job.status = "finished"
+    job.write()
+    content = {f"{key.replace('_', '/')}": value for key, value in values.items()}
+    (job.folder / "metrics.json").write_text(json.dumps(content))
+
+
+def test_a_jobs_folder_has_the_name_of_what_was_changed(tmp_path: Path) -> None:
+    jobs = planned(tmp_path, "optimizer.lr=0.3,1.0", "seed=range(2)", "trainer.max_epochs=3")
+    assert names(jobs) == ["lr-0.3_seed-0", "lr-0.3_seed-1", "lr-1.0_seed-0", "lr-1.0_seed-1"]
+    assert jobs[0].overrides == {"optimizer.lr": "0.3", "seed": "0", "trainer.max_epochs": "3"}
+    odd = planned(tmp_path / "odd", "optimizer=sgd,adam", "model.dropout=0.1,0.2", "data.dir='a/b, c','ä'")
+    assert names(odd)[0] == "optimizer-sgd_dropout-0.1_dir-a-b-c" and len(set(names(odd))) == 8
+    assert all(name.isascii() and not set(name) & set("=,()[] '/") for name in names(odd))
+
+
+def test_23_jobs_are_matched_by_what_they_were_asked_and_not_by_their_number(tmp_path: Path) -> None:
+    first = planned(tmp_path, "optimizer.lr=0.3,1.0", "trainer.max_epochs=3")
+    more = planned(tmp_path, "optimizer.lr=1.0,0.1,0.3", "trainer.max_epochs=3")
+    assert names(more) == ["lr-1.0", "lr-0.1", "lr-0.3"]
+    # The same said in another way, and with another place for the data.
+    again = planned(tmp_path, "trainer.max_epochs=3", "optimizer.lr=1.00,0.3", "seed=0", "data.dir=elsewhere")
+    assert [job.folder for job in again] == [first[1].folder, first[0].folder]
+    # Another length of training is another job, whatever its folder would like to be called.
+    longer = planned(tmp_path, "optimizer.lr=0.3,1.0", "trainer.max_epochs=4")
+    assert names(longer) == ["lr-0.3_2", "lr-1.0_2"]
+    # What usually does not make another job does when it is swept over.
+    assert len(set(names(planned(tmp_path / "b", "model.compiled=true,false")))) == 2
+    # Asked twice in one sweep, it is one job.
+    assert len(set(names(planned(tmp_path / "c", "seed=0,0,1")))) == 2
+
+
+def test_a_folder_with_a_single_run_and_another_sweeper_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(Refusal, match="holds a run, not a sweep"):
+        planned(tmp_path, "seed=0,1")
+    files = ConfigFiles("train")
+    with pytest.raises(Refusal, match="does not support sweep type"), files.errors_as_refusals(["seed=interval(0,1)"]):
+        planned(tmp_path / "new", "optimizer.lr=interval(0.1,1)")
+    with pytest.raises(Refusal, match=r"unknown key optimizer\.rho"), files.errors_as_refusals([]):
+        planned(tmp_path / "new", "optimizer=adadelta,sgd", "optimizer.rho=0.9")
+    assert not (tmp_path / "new").exists()  # nothing is made before all jobs can be composed
+
+
+def test_the_summary_ranks_by_validation_with_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None:
+    jobs = planned(tmp_path, "optimizer.lr=0.3,1.0,3.0", "seed=0,1", "data.val_size=100")
+    for job, (val, test) in zip(jobs, [(0.90, 0.99), (0.92, 0.99), (0.97, 0.95), (0.99, 0.95)], strict=False):
+        results(job, val_acc=val, test_acc=test)
+    jobs[4].status, jobs[4].reason = "failed", "ZeroDivisionError: no"
+    jobs[4].write()
+    groups, ranked = best_first(read_jobs(tmp_path))
+    assert ranked and [group.title for group in groups] == [f"optimizer.lr={lr}" for lr in ("1.0", "0.3", "3.0")]
+    text = table(groups, ranked)
+    assert "optimizer.lr=1.0  2/2   0.9800 ± 0.0141  0.9500 ± 0.0000" in text
+    assert "failed: optimizer.lr=3.0 seed=0: ZeroDivisionError: no" in text
+    assert "waiting: optimizer.lr=3.0 seed=1" in text
+
+    summarize(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [row["rank"] for row in rows] == ["1", "1", "2", "2", "3", "3"]
+    assert rows[0]["optimizer.lr"] == "1.0" and float(rows[0]["val/acc mean"]) == pytest.approx(0.98)
+    assert float(rows[0]["val/acc sd"]) == pytest.approx(0.0141, abs=1e-4)
+    assert [row["status"] for row in rows[4:]] == ["failed", "waiting"] and rows[4]["folder"] == "lr-3.0_seed-0"
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_validation_split_nothing_is_ranked(tmp_path: Path) -> None:
+    for job, test in zip(planned(tmp_path, "optimizer.lr=0.3,1.0"), (0.9, 0.99), strict=True):
+        results(job, test_acc=test)
+    groups, ranked = best_first(read_jobs(tmp_path))
+    assert not ranked and [group.title for group in groups] == ["optimizer.lr=0.3", "optimizer.lr=1.0"]
+    assert "the test images select nothing: not ranked" in table(groups, ranked)
+    summarize(tmp_path)
+    assert {row["rank"] for row in csv.DictReader((tmp_path / "summary.csv").open())} == {""}
+
+
+def test_28_a_sweep_with_a_refused_job_runs_the_others_and_has_several_processes_where_asked(tmp_path: Path) -> None:
+    done = command("-m", *QUICK, "data.val_size=-1,20", "trainer.devices=1,2", "hydra.sweep.dir=s", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train: 2 of 4 jobs failed; the sweep is in s")
+    assert "failed: data.val_size=-1 trainer.devices=1: data.val_size=-1: must be a whole number" in done.stdout
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("s/*/metrics.json")}
+    assert found.keys() == {"val_size-20_devices-1", "val_size-20_devices-2"}
+    for path in tmp_path.glob("s/val_size-20_*"):
+        assert {"config.yaml", "job.json", "train.log", "report.html"} <= {each.name for each in path.iterdir()}
+    assert {path.name for path in (tmp_path / "s").iterdir() if path.is_file()} == {
+        *("multirun.yaml", "summary.csv", "summary.png", "train.log")
+    }
+
+
+def test_22_a_job_that_raises_exits_or_is_killed_does_not_stop_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra joblib")
+    (tmp_path / "odd_networks.py").write_text(NETWORK)
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "odd.yaml").write_text("network: odd_networks.Odd\nhow: well\n")
+    arguments = ["-m", "--config-dir=conf", "model=odd", "model.how=raises,dies,exits,well", *SMALL]
+    arguments += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=s"]
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("train: 3 of 4 jobs failed"), done.stderr
+    for line in (
+        "failed: model.how=raises: ZeroDivisionError: as the test wants it",
+        "failed: model.how=dies: killed by SIGKILL, perhaps for want of memory",
+        "failed: model.how=exits: exit code 5",
+    ):
+        assert line in done.stdout.splitlines()
+    well = tmp_path / "s" / "how-well" / "metrics.json"
+    if (os.cpu_count() or 1) == 2:
+        assert json.loads(well.read_text())["device"] == "cpu, 1 threads"  # shared out among the two jobs
+    assert "Traceback" in (tmp_path / "s" / "how-raises" / "error.txt").read_text()
+
+    before = well.stat().st_mtime_ns
+    again = command(*arguments[:-3], "hydra.sweep.dir=s", "model.how=well", cwd=tmp_path)
+    assert again.returncode == 0 and "job 1 of 1 has been run" in again.stdout, again.stderr
+    assert well.stat().st_mtime_ns == before
+
+
+def started(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "mnist_lit.train", "-m", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def processes_with(text: str) -> list[str]:
+    return [line for line in subprocess.check_output(["ps", "-eo", "args"], text=True).splitlines() if text in line]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_23_a_sweep_that_was_killed_or_stopped_goes_on_with_the_same_command(number: int, tmp_path: Path) -> None:
+    long = ["trainer.max_epochs=12", "trainer.limit_train_batches=20"]
+    arguments = [*SMALL, *long, "seed=0,1", f"hydra.sweep.dir={tmp_path}/s"]
+    sweep = started(*arguments, cwd=tmp_path)
+    wait_for((tmp_path / "s" / "seed-0" / "checkpoints" / "last.ckpt").exists, 60)
+    sweep.send_signal(number)
+    _, said = sweep.communicate(timeout=60)
+    assert sweep.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
+    wait_for(lambda: not processes_with(f"hydra.run.dir={tmp_path}"), 30)  # its job does not outlive it
+    if number == signal.SIGINT:
+        assert "the same command with hydra.sweep.dir=" in said.splitlines()[-1]
+        assert Job.read(tmp_path / "s" / "seed-0").status == "stopped"
+
+    done = command("-m", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on with" in (tmp_path / "s" / "seed-0" / "train.log").read_text()
+    assert len(list(csv.DictReader((tmp_path / "s" / "seed-0" / "metrics.csv").open()))) == 12
+    assert [job.status for job in read_jobs(tmp_path / "s")] == ["finished", "finished"]
+
+
+def test_only_train_makes_sweeps_and_a_sweep_is_not_resumed_job_by_job(tmp_path: Path) -> None:
+    for module, arguments in (("evaluate", ["data.batch_size=1,2"]), ("train", ["resume=latest", "seed=0,1"])):
+        done = command("-m", *arguments, cwd=tmp_path, module=f"mnist_lit.{module}")
+        assert done.returncode == 1 and "-m" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,251 @@
+"""Searches: every trial is counted once whatever is killed, and what is found can be run."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from test_commands import command
+
+from mnist_lit import Refusal
+from mnist_lit.configuration import settings
+
+optuna = pytest.importorskip("optuna", reason="needs the extra tune")
+
+from mnist_lit.tune import TrialFailed, _knobs, _open, _require_same_search, counts
+
+SMALL = [
+    *("data.source=sample", "data.batch_size=100", "data.val_size=200", "trainer.accelerator=cpu", "~space.data"),
+    *("trainer.max_epochs=3", "trainer.limit_train_batches=3", "trainer.limit_test_batches=2"),
+]
+
+
+def sqlite(folder: Path) -> str:
+    return f"sqlite:///{folder}/tune.db"
+
+
+def opened(storage: str) -> Any:
+    return _open(storage, "tune", optuna.samplers.RandomSampler(), optuna.pruners.NopPruner())
+
+
+def tune(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return command(*arguments, cwd=cwd, module="mnist_lit.tune")
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server of its own, on loopback."""
+    pytest.importorskip("psycopg", reason="needs the extra postgresql")
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("needs a PostgreSQL server: apt install postgresql")
+    here = tmp_path_factory.mktemp("postgresql")
+    as_its_user: list[Any] = []
+    if os.getuid() == 0:  # it refuses to run as root
+        as_its_user = ["runuser", "-u", "postgres", "--"]
+        for folder in (here, *list(here.parents)[:2]):
+            folder.chmod(0o755)
+        shutil.chown(here, "postgres")
+    from socket import socket
+
+    with closing(socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    call = [*as_its_user, programs[-1], "--auth=trust", "--username=tuner", "-D", here / "data"]
+    subprocess.run(call, check=True, capture_output=True)
+    options = f"-h 127.0.0.1 -p {port} -k {here} -c fsync=off"
+    control = [*as_its_user, programs[-1].with_name("pg_ctl"), "-D", here / "data", "-l", here / "log"]
+    subprocess.run([*control, "-w", "-o", options, "start"], check=True, capture_output=True)
+    try:
+        yield f"postgresql+psycopg://tuner@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)
+
+
+def started(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "mnist_lit.tune", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def states(study: Any) -> list[str]:
+    return [trial.state.name for trial in study.get_trials(deepcopy=False)]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_25_a_worker_that_is_killed_costs_no_trial_and_the_total_is_honoured(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    storage = sqlite(tmp_path) if kind == "sqlite" else request.getfixturevalue("postgresql")
+    arguments = [f"storage={storage}", "n_trials=5", "sampler=random", "pruner=none", *SMALL]
+    first, second = started(*arguments, cwd=tmp_path), started(*arguments, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    study = None
+    while study is None or states(study).count("RUNNING") < 2:
+        assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
+        time.sleep(0.2)
+        if (tmp_path / "outputs" / "tune" / "trials").exists():
+            study = study or opened(storage)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    killed = time.monotonic()
+    while "FAIL" not in states(study):
+        assert time.monotonic() - killed < 30
+        time.sleep(0.2)
+    said, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, said
+    trials = study.get_trials()
+    assert sum(map(counts, trials)) == 5 and states(study).count("COMPLETE") == 5
+    assert not {"RUNNING", "WAITING"} & {*states(study)}
+    (lost,) = [trial for trial in trials if trial.state.name == "FAIL"]
+    (again,) = [trial for trial in trials if trial.system_attrs.get("failed_trial") == lost.number]
+    assert again.params == lost.params and again.state.name == "COMPLETE"
+
+    more = tune(f"storage={storage}", "n_trials=6", "sampler=random", "pruner=none", *SMALL, cwd=tmp_path)
+    assert more.returncode == 0 and sum(map(counts, study.get_trials())) == 6, more.stderr
+
+
+def test_24_a_trial_without_a_finite_loss_fails_and_the_study_goes_on(tmp_path: Path) -> None:
+    arguments = ["~space", "+space.optimizer.lr.choices=[1e30,1.0]", "optimizer=sgd", "sampler_seed=0", *SMALL[:-4]]
+    done = tune(
+        "n_trials=4", "sampler=random", f"storage={sqlite(tmp_path)}", *arguments, "trainer.max_epochs=1", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "outputs" / "tune" / "trials.csv").open()))
+    assert len(rows) == 4 and {row["state"] for row in rows} == {"complete", "fail"}
+    for row in rows:
+        assert (row["state"] == "fail") == (row["optimizer.lr"] == "1e+30")
+        assert ("not finite" in row["reason"]) == (row["state"] == "fail")
+
+
+def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    arguments = [f"storage={sqlite(tmp_path)}", "n_trials=2", "pruner=none", *SMALL]
+    process = started(*arguments, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "outputs" / "tune" / "trials").glob("*/config.yaml")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert "stopped by Ctrl-C; the trials under way will be run again by the same command" in said
+    study = opened(sqlite(tmp_path))
+    assert "RUNNING" not in states(study)
+    (waiting,) = [trial for trial in study.get_trials() if trial.state.name == "WAITING"]
+
+    done = tune(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    complete = [trial for trial in study.get_trials() if trial.state.name == "COMPLETE"]
+    assert len(complete) == 2 and complete[0].params == waiting.params
+    folder = tmp_path / "outputs" / "tune"
+    assert {"optimization_history.png", "slice.png", "trials.csv", "tune.log"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+    # What it found is an experiment that composes to what the best trial was run with, and runs.
+    best = study.best_trial
+    line = next(line for line in done.stdout.splitlines() if line.startswith("the best one again: python"))
+    again = command(
+        *line.split()[6:], "data.source=sample", "hydra.run.dir=again", "trainer.fast_dev_run=1", cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+    of_trial = yaml.safe_load((Path(best.user_attrs["folder"]) / "config.yaml").read_text())
+    of_run = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
+    for section in ("seed", "model", "optimizer", "data"):
+        assert of_run[section] == of_trial[section]
+    assert of_run["optimizer"]["lr"] == best.params["optimizer.lr"] and of_run["data"]["val_size"] == 200
+
+
+def test_a_trial_that_validates_badly_is_pruned(tmp_path: Path) -> None:
+    study = opened(sqlite(tmp_path))
+    for _ in range(5):
+        study.add_trial(optuna.create_trial(value=0.99, intermediate_values={epoch: 0.99 for epoch in range(1, 40)}))
+    arguments = [*SMALL, "trainer.max_epochs=40"]
+    done = tune(f"storage={sqlite(tmp_path)}", "n_trials=6", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = study.get_trials()[-1]
+    assert last.state.name == "PRUNED" and 2 <= max(last.intermediate_values) < 40
+    assert not (Path(last.user_attrs["folder"]) / "metrics.json").exists()
+
+
+def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path) -> None:
+    done = tune(
+        f"storage={sqlite(tmp_path)}", "data.dir=nowhere", "data.source=mnist", "data.val_size=70", cwd=tmp_path
+    )
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.splitlines()[-1].startswith("tune: all 3 trials failed, the last one thus: ")
+
+
+@pytest.mark.parametrize(
+    ("space", "overrides", "sentence"),
+    [
+        ({"optimizer": {"lrr": {"low": 0, "high": 1}}}, [], "space.optimizer.lrr: train has no key .*; did you mean"),
+        ({"optimizer": {"rho": {"low": 0, "high": 1}}}, ["optimizer=sgd"], "train has no key optimizer.rho"),
+        ({"optimizer": {"lr": {"low": 1, "high": 1}}}, [], "low < high"),
+        ({"optimizer": {"lr": {"low": 0, "high": 1, "log": True}}}, [], "log: true only above 0"),
+        ({"optimizer": {"lr": {"low": 0.1}}}, [], "low < high"),
+        ({"optimizer": {"lr": {"choices": []}}}, [], "choices"),
+        ({}, [], "space is empty"),
+    ],
+)
+def test_28_a_space_that_is_none_is_refused(space: dict, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(Refusal, match=sentence):
+        _knobs(space, overrides)
+
+
+def test_28_what_else_is_refused_before_any_trial(tmp_path: Path) -> None:
+    for arguments, sentence in (
+        (["n_trials=0"], "n_trials=0: must be a whole number of at least 1"),
+        (["sampler=grid"], "sampler=grid: must be one of tpe, random"),
+        (["storage=oracle://x"], "storage=oracle://x: cannot be opened"),
+        (
+            ["storage=postgresql+psycopg://nobody@127.0.0.1:9/x"],
+            "storage=postgresql+psycopg://nobody@127.0.0.1:9/x: cannot",
+        ),
+        (["optimizer=sgd"], "space.optimizer.rho: train has no key optimizer.rho"),
+        (["+space.optimizer.lr.step=0.1"], "space.optimizer.lr: must be"),
+        (["trainer.max_epoch=3"], "unknown key trainer.max_epoch; did you mean trainer.max_epochs?"),
+    ):
+        done = tune(*arguments, cwd=tmp_path)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith(f"tune: {sentence}"), done.stderr
+
+
+def test_a_study_is_not_mixed_with_another_search(tmp_path: Path) -> None:
+    study = opened(sqlite(tmp_path))
+    _require_same_search(study, "tune", {"space": {"a": 1}, "overrides": []})
+    _require_same_search(study, "tune", {"space": {"a": 1}, "overrides": []})
+    with pytest.raises(Refusal, match="study=tune was begun with space"):
+        _require_same_search(study, "tune", {"space": {"a": 2}, "overrides": []})
+
+
+def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
+    from mnist_lit.tune import _Search
+
+    study = opened(sqlite(tmp_path))
+    search = _Search(tmp_path, study, 2, {}, [], 1)
+    study.add_trial(optuna.create_trial(value=0.5))
+    earlier, later = study.ask(), study.ask()
+    search._refuse_surplus(earlier)
+    with pytest.raises(TrialFailed, match="another process was faster"):
+        search._refuse_surplus(later)
+    assert not counts(study.get_trials()[-1])
+
+
+def test_every_key_of_train_is_one_of_tune() -> None:
+    assert settings("train").keys() <= settings("tune").keys()
