@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PARENT = "MNIST_LIT_PARENT"  # the environment's variable with the number of the process that such a command ends with
@@ -115,12 +116,16 @@ def _stop(process: subprocess.Popen[str], number: signal.Signals) -> int:
 
 
 def end_with_parent() -> None:
-    """Have this process stop, as if asked to by SIGTERM, when the one that started it is gone, killed perhaps."""
-    parent = os.environ.get(PARENT)
-    if parent is None:
-        return
-    os.environ[PARENT] = str(os.getpid())  # for the processes that this one starts
-    threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
+    """Have this process stop, as if asked to by SIGTERM, when the command that started it is gone, killed perhaps."""
+    if parent := os.environ.get(PARENT):
+        os.environ[PARENT] = str(os.getpid())  # for the processes that this one starts
+        end_with(int(parent))
+
+
+@cache
+def end_with(parent: int) -> None:
+    """The same, for a process that its parent did not start with ``run``."""
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

@@ -143,6 +143,8 @@ class Sweep:
     def __call__(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
+        if os.getppid() == self.process:  # joblib's processes would wait for ever for one that was killed
+            job.end_with(self.process)
         number = HydraConfig.get().job.num
         mine = self.jobs[number]
         place, asked = f"job {number + 1} of {len(self.jobs)}", title(mine.overrides, self.keys)

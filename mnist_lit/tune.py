@@ -20,6 +20,7 @@ from mnist_lit import Refusal, Stopped, job, runs
 from mnist_lit.configuration import ConfigFiles, flat, own_values, quoted
 from mnist_lit.launch import launch
 from mnist_lit.resume import is_free
+from mnist_lit.tune_report import report, short
 
 log = logging.getLogger("mnist_lit.tune")
 
@@ -62,13 +63,11 @@ def tune(
     """
     folder = Path(folder)
     knobs = _knobs(space, overrides)
-    opened = _open(storage, study, _sampler(sampler, sampler_seed, workers), _pruner(pruner))
+    opened = _open(storage, study, _sampler(sampler, sampler_seed), _pruner(pruner))
     decisive = [override for override in overrides if not is_free(override.split("=")[0])]  # data may lie elsewhere
     _require_same_search(opened, study, {"space": space, "overrides": sorted(decisive)})
     search = _Search(folder, opened, n_trials, knobs, overrides, workers)
     search.work()
-    from mnist_lit.tune_report import report
-
     report(folder, opened, overrides)
     return opened
 
@@ -104,10 +103,22 @@ class _Search:
                 self.stop.wait(LOOK)
                 continue
             try:
-                self.study.optimize(self._trial, n_trials=1, catch=(TrialFailed,))
+                self.study.optimize(self._trial, n_trials=1, catch=(TrialFailed,), callbacks=[self._say])
             except optuna.exceptions.UpdateFinishedTrialError:
                 log.warning("a trial of this process was taken for dead, and is run again")
             self._refuse_what_cannot_succeed()
+
+    def _say(self, study: Any, trial: Any) -> None:
+        """A line on each trial that has ended, instead of Optuna's, which has a traceback for those that failed."""
+        if "surplus" in trial.user_attrs:
+            return
+        what = f"val/acc {trial.value:.4f}" if trial.value is not None else trial.state.name.lower()
+        if trial.state.name == "PRUNED":
+            what = f"pruned after epoch {max(trial.intermediate_values)}, val/acc {trial.value:.4f}"
+        if trial.state.name == "FAIL":
+            what = f"failed: {trial.user_attrs.get('reason', 'stopped or killed; it will be run again')}"
+        settings = "  ".join(f"{key}={short(value)}" for key, value in trial.params.items())
+        log.info("trial %d, %d of %d: %s  (%s)", trial.number, self._counts()["done"], self.n_trials, what, settings)
 
     def _counts(self) -> dict[str, int]:
         from optuna.trial import TrialState
@@ -249,7 +260,7 @@ def _knob(key: str, given: dict[str, Any], is_whole: bool) -> Callable[[Any], An
     )
 
 
-def _sampler(name: str, seed: int | None, workers: int) -> Any:
+def _sampler(name: str, seed: int | None) -> Any:
     import optuna
 
     if name == "random":
@@ -261,7 +272,9 @@ def _sampler(name: str, seed: int | None, workers: int) -> Any:
 def _pruner(name: str) -> Any:
     import optuna
 
-    return optuna.pruners.NopPruner() if name == "none" else optuna.pruners.MedianPruner(n_warmup_steps=1)
+    return (
+        optuna.pruners.NopPruner() if name == "none" else optuna.pruners.MedianPruner(n_warmup_steps=2)
+    )  # not by the first epoch
 
 
 def _open(storage: str, name: str, sampler: Any, pruner: Any) -> Any:
@@ -275,6 +288,7 @@ def _open(storage: str, name: str, sampler: Any, pruner: Any) -> Any:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # signs of life, since 2.9
     optuna.logging.disable_default_handler()
     optuna.logging.enable_propagation()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     if storage.startswith("sqlite:///"):
         Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(5):

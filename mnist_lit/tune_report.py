@@ -42,7 +42,7 @@ def report(folder: Path, study: Any, overrides: Sequence[str]) -> None:
     _draw(study, folder, several=len(complete) > 1)
     keys = list(best.params)
     rows = [["trial", "val/acc", *keys]]
-    rows += [[str(t.number), f"{t.value:.4f}", *(_short(t.params[key]) for key in keys)] for t in complete[:SHOWN]]
+    rows += [[str(t.number), f"{t.value:.4f}", *(short(t.params[key]) for key in keys)] for t in complete[:SHOWN]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     table = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
@@ -75,6 +75,10 @@ def experiment(trial: Any, study: str, overrides: Sequence[str]) -> str:
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _csv(trials: list[Any]) -> str:
     keys = list({key: None for trial in trials for key in trial.params})
     columns = ["trial", "state", "val/acc", *keys, "epochs", "seconds", "folder", "reason"]
@@ -88,10 +92,6 @@ def _csv(trials: list[Any]) -> str:
         row |= {key: trial.user_attrs.get(key, "") for key in ("folder", "reason")}
         writer.writerow(row | {"seconds": round(trial.duration.total_seconds(), 1) if trial.duration else ""})
     return text.getvalue()
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _draw(study: Any, folder: Path, several: bool) -> None:

@@ -49,10 +49,10 @@ def finished(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.parent.name: (path.stat().st_mtime_ns, (path.parent / "train.log").read_bytes()) for path in paths}
 
 
-def left() -> list[str]:
-    """The processes of this user's that still have the sweep's folder on their command line."""
-    lines = subprocess.check_output(["ps", "-eo", "pid,args"], text=True).splitlines()
-    return [line for line in lines if str(Path.cwd() / "sweep") in line and f"{os.getpid()} " not in line]
+def processes(sweep: int) -> list[str]:
+    """The processes of the sweep: those that it has started, and those with its folder on their command line."""
+    lines = subprocess.check_output(["ps", "-eo", "pid,ppid,args"], text=True).splitlines()[1:]
+    return [line for line in lines if str(Path.cwd() / "sweep") in line or int(line.split()[1]) == sweep]
 
 
 def main() -> None:
@@ -68,12 +68,14 @@ def main() -> None:
     while len(finished(Path("sweep"))) < 10:
         time.sleep(0.1)
         assert sweep.poll() is None, f"the sweep ended by itself: {Path.cwd()}"
+    its = [int(line.split()[0]) for line in processes(sweep.pid)]
+    assert len(its) >= 4, its  # two of joblib, two that train
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     deadline = time.monotonic() + 60
-    while left() and time.monotonic() < deadline:
+    while (left := [number for number in its if Path(f"/proc/{number}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not left(), f"processes are left behind: {left()}"
+    assert not left and not processes(sweep.pid), f"processes are left behind: {left}"
     before = finished(Path("sweep"))
     print(
         f"killed with {len(before)} of 30 finished; no process is left {60 - (deadline - time.monotonic()):.1f} s later"

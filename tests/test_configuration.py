@@ -105,6 +105,7 @@ def test_every_range_is_of_a_key_that_exists() -> None:
     for verb, *required in (
         ("convert", "source=a", "target=b"),
         ("evaluate",),
+        ("tune",),
         ("serve",),
         ("predict", "images=a"),
         ("export", "output=a"),
