@@ -9,6 +9,7 @@ both. What each has found is then trained anew with three other seeds and tested
 """
 
 import json
+import logging
 import statistics
 import sys
 import warnings
@@ -117,6 +118,7 @@ def search(name: str, repeat: int, folder: str, data_of: dict[tuple[int, int], A
 
 def main(folder: str, repeats: int = 5) -> None:
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     memory.keep_freed_memory()
     found = []
