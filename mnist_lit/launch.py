@@ -11,11 +11,12 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, Stopped, runs
+from mnist_lit import Refusal, Stopped, ranks, runs
 from mnist_lit.configuration import CONF, ConfigFiles, check, flat, quoted
 
 log = logging.getLogger(__name__)
@@ -44,20 +45,20 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False) -> Non
         with files.errors_as_refusals(flags.overrides):
             overrides = flags.overrides
             if not _only_shows(flags):
-                overrides, job.continued = _prepare(files, flags, run_folder)
+                overrides, job.continued = _prepare_all(files, flags, run_folder)
             # Hydra wants the overrides side by side.
             sys.argv[1:] = [*(a for a in arguments if a not in flags.overrides), *overrides]
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)(job)()
         if job.refusal:
             raise job.refusal
     except Refusal as refusal:
+        if not (ranks.is_first() or isinstance(refusal, ranks.LostProcessError)):  # it may concern all: one says it
+            time.sleep(ranks.FIRST_SAYS_IT)
         sys.exit(f"{verb}: {refusal}")
-    except Stopped as stopped:
-        print(f"{verb}: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.signal)
-    except KeyboardInterrupt:
-        print(f"{verb}: stopped", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        if ranks.is_first():
+            print(f"{verb}: {stopped if isinstance(stopped, Stopped) else 'stopped'}", file=sys.stderr)
+        sys.exit(128 + (stopped.signal if isinstance(stopped, Stopped) else signal.SIGINT))
 
 
 class _Job:
@@ -81,12 +82,13 @@ class _Job:
                 raise Refusal(
                     "a sweep (-m) cannot start several processes a job: start such runs one by one, without -m"
                 )
-            self.work(**{"folder": folder} if self.run_folder else {}, **values)
+            with ranks.loss_as_refusal(lambda: runs.how_to_go_on(folder)):
+                self.work(**{"folder": folder} if self.run_folder else {}, **values)
         except Refusal as refusal:
             if is_sweep:
                 log.error("refused: %s", refusal)
                 raise  # the sweep's other jobs go on
-            if self.run_folder:
+            if self.run_folder and ranks.is_first():
                 _remove_traces(folder, self.verb)
             self.refusal = refusal  # raised here, Hydra would print a line of its own
 
@@ -120,7 +122,28 @@ def _only_shows(flags: Any) -> bool:
     return bool(flags.cfg or flags.info or flags.hydra_help or flags.shell_completion or flags.experimental_rerun)
 
 
-def _prepare(files: ConfigFiles, flags: Any, run_folder: bool) -> tuple[list[str], dict[str, Any] | None]:
+def _prepare_all(files: ConfigFiles, flags: Any, run_folder: bool) -> tuple[list[str], dict[str, Any] | None]:
+    """``_prepare`` in one of several processes, too."""
+    overrides: list[str] = flags.overrides
+    multirun = flags.multirun or "hydra.mode=MULTIRUN" in overrides
+    if not run_folder or not ranks.is_started_by_another():
+        return _prepare(files, overrides, multirun, run_folder)
+    ranks.end_with_parent()
+
+    def prepare(overrides: list[str]) -> tuple[list[str], dict[str, Any] | None]:
+        if ranks.by_torchrun():
+            if multirun:
+                raise Refusal("torchrun starts the processes of one run: leave out -m")
+            overrides = ranks.with_torchruns_numbers(overrides)
+        return _prepare(files, overrides, multirun, run_folder)
+
+    prepared, continued = ranks.prepared_by_first(overrides, prepare) if ranks.by_torchrun() else prepare(overrides)
+    return prepared if ranks.is_first() else [*prepared, *ranks.QUIET], continued
+
+
+def _prepare(
+    files: ConfigFiles, overrides: list[str], multirun: bool, run_folder: bool
+) -> tuple[list[str], dict[str, Any] | None]:
     """Check the command line and claim the run's folder, all before Hydra starts.
 
     Returns:
@@ -128,8 +151,6 @@ def _prepare(files: ConfigFiles, flags: Any, run_folder: bool) -> tuple[list[str
     """
     from omegaconf.errors import InterpolationResolutionError
 
-    overrides: list[str] = flags.overrides
-    multirun = flags.multirun or "hydra.mode=MULTIRUN" in overrides
     config = files.compose(_first_job(overrides) if multirun else overrides)
     if config.get("resume"):
         if multirun:
@@ -138,8 +159,8 @@ def _prepare(files: ConfigFiles, flags: Any, run_folder: bool) -> tuple[list[str
     if not multirun:  # each job of a sweep checks its own values, so that the others run
         with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
             values = files.checked_values(config, config.hydra.runtime.choices)
-            _refuse_missing_gpu(values.get("trainer", {}).get("accelerator"))
-    if not run_folder or _is_another_process():  # of the same run: the folder is ours already
+            _refuse_what_is_missing(values.get("trainer", {}))
+    if not run_folder or not ranks.is_first():  # the first one has the folder already
         return overrides, None
     key, value = ("hydra.sweep.dir", config.hydra.sweep.dir) if multirun else ("hydra.run.dir", config.hydra.run.dir)
     if not value:
@@ -159,7 +180,7 @@ def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tu
     """The same for a run that goes on in its own folder, with its own configuration."""
     from mnist_lit import resume
 
-    if not _is_another_process() and any(override.startswith("hydra.run.dir=") for override in overrides):
+    if ranks.is_first() and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise Refusal("resume= goes on in the run's own folder: leave out hydra.run.dir")
     values, choices = files.checked_values(config, config.hydra.runtime.choices), config.hydra.runtime.choices
     run = resume.find(values["resume"], files.outputs_folder())
@@ -169,19 +190,18 @@ def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tu
     typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
     continued = resume.continued(run, values, typed)
     check(continued, files.defaults(choices))
-    _refuse_missing_gpu(continued["trainer"]["accelerator"])
-    kept = [override for override in overrides if override.split("=", 1)[0] not in ("resume", "hydra.run.dir")]
+    _refuse_what_is_missing(continued["trainer"])
+    kept = [override for override in overrides if ranks.key(override) not in ranks.FOLDER_KEYS]
     # The path itself, for further processes of this run: by then something else may be the latest.
     where = [quoted(f"resume={run.start}"), quoted(f"hydra.run.dir={run.folder}"), "hydra.output_subdir=null"]
     return [*kept, *where], continued
 
 
-def _is_another_process() -> bool:
-    return "LOCAL_RANK" in os.environ
-
-
-def _refuse_missing_gpu(accelerator: Any) -> None:
-    """Where the system itself has no GPU there is no need to import torch to find that out."""
+def _refuse_what_is_missing(trainer: dict[str, Any]) -> None:
+    accelerator, machines = trainer.get("accelerator"), trainer.get("num_nodes", 1)
+    if machines > 1 and not ranks.by_torchrun():  # each would prepare a folder of its own, and wait for the others
+        raise Refusal(f"trainer.num_nodes={machines}: several machines are started with torchrun (see README.md)")
+    # Where the system itself has no GPU there is no need to import torch to find that out.
     devices = ("nvidia[0-9]*", "nvidiactl", "nvmap", "nvhost-gpu", "dxg", "kfd")  # NVIDIA, Jetson, WSL, ROCm
     if accelerator in ("gpu", "cuda") and sys.platform == "linux":
         if not any(found for device in devices for found in Path("/dev").glob(device)):
