@@ -127,6 +127,7 @@ def _prepare_all(files: ConfigFiles, flags: Any, run_folder: bool) -> tuple[list
     overrides: list[str] = flags.overrides
     multirun = flags.multirun or "hydra.mode=MULTIRUN" in overrides
     if not run_folder or not ranks.is_started_by_another():
+        ranks.tell_children()
         return _prepare(files, overrides, multirun, run_folder)
     ranks.end_with_parent()
 

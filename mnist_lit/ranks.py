@@ -20,6 +20,7 @@ from mnist_lit import Refusal
 FOLDER_KEYS = ("resume", "hydra.run.dir")  # what the first process decides for all
 # The run's folder, its .hydra and its log are the first process's; the others only say what is wrong.
 QUIET = ("hydra/job_logging=further_process", "hydra.output_subdir=null")
+PARENT = "MNIST_LIT_PARENT"  # in the environment: the id of the run's first process
 LONGEST_PREPARATION = timedelta(minutes=5)
 GRACE = 20  # seconds that a process has to end by itself, once the one that has started it is gone
 FIRST_SAYS_IT = 3  # seconds in which the first process can say what concerns all, and end the others
@@ -95,9 +96,14 @@ def prepared_by_first(overrides: list[str], prepare: Callable[[list[str]], tuple
     return prepare([*(override for override in overrides if key(override) not in FOLDER_KEYS), *published])
 
 
+def tell_children() -> None:
+    """Lets the processes that this one starts know whose end they are to notice: it may come before they can look."""
+    os.environ[PARENT] = str(os.getpid())
+
+
 def end_with_parent() -> None:
     """From now on this process ends soon after the one that has started it, whatever it waits for."""
-    parent = os.getppid()
+    parent = os.getppid() if by_torchrun() else int(os.environ.get(PARENT, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:

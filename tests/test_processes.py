@@ -46,7 +46,7 @@ train.main()
 
 
 def start(
-    *arguments: str, cwd: Path, torchrun: list[str] | None = None, log: str = "output"
+    *arguments: str, cwd: Path, torchrun: list[str] | None = None, log: str = "terminal"
 ) -> subprocess.Popen[bytes]:
     """``python -m mnist_lit.train``, or what else the arguments name first, with its output in the file ``log``.
 
@@ -75,7 +75,7 @@ def start_machines(count: int, *arguments: str, cwd: Path) -> list[subprocess.Po
     agents = []
     for number in reversed(range(count)):
         nodes = [f"--nnodes={count}", "--nproc-per-node=1", f"--node-rank={number}"]
-        agents.append(start(*arguments, cwd=cwd, torchrun=[*nodes, *where], log=f"output_{number}"))
+        agents.append(start(*arguments, cwd=cwd, torchrun=[*nodes, *where], log=f"terminal_{number}"))
         time.sleep(1)
     return agents[::-1]
 
@@ -84,7 +84,7 @@ def said(*processes: subprocess.Popen[bytes], cwd: Path, code: int | None = 0) -
     """What the processes and those that they have started have said, once they have ended, within a minute or so."""
     for process in processes:
         process.wait(timeout=100)
-    text = "\n".join(path.read_text() for path in sorted(cwd.glob("output*")))
+    text = "\n".join(path.read_text() for path in sorted(cwd.glob("terminal*")))
     assert code is None or {process.returncode for process in processes} == {code}, text
     return text
 
@@ -194,7 +194,7 @@ def test_03_two_machines_stopped_by_sigterm_go_on_with_the_same_bits(whole: Path
     agents[1].terminate()
     text = said(*agents, cwd=tmp_path, code=None)
     assert len(re.findall("^train: stopped by SIGTERM", text, re.MULTILINE)) == 1
-    for log in tmp_path.glob("output_*"):
+    for log in tmp_path.glob("terminal_*"):
         log.unlink()
     folder = only_run(tmp_path)
     text = said(*start_machines(2, "resume=latest", cwd=tmp_path), cwd=tmp_path)
@@ -226,7 +226,7 @@ def test_26_when_a_process_dies_the_other_ends_with_a_sentence(dead: int, tmp_pa
     text = said(first, cwd=tmp_path, code=(-9, 1)[dead])
     wait_for(lambda: second not in _living())
     assert time.monotonic() - killed < 60
-    text = (tmp_path / "output").read_text()
+    text = (tmp_path / "terminal").read_text()
     assert "Traceback" not in text
     (sentence,) = re.findall("^train: .*", text, re.MULTILINE)
     assert sentence == (
