@@ -14,12 +14,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mnist_lit import Refusal, Stopped
+from mnist_lit import Refusal, Stopped, ranks
 from mnist_lit.checkpoint_file import read_checkpoint, trouble
 from mnist_lit.files import appears_whole, sync_folder
 from mnist_lit.progress import epoch_name
 from mnist_lit.resume import compare_machines
-from mnist_lit.runs import BEST, LAST, NEW, PREVIOUS, shown, versions
+from mnist_lit.runs import BEST, LAST, NEW, PREVIOUS, how_to_go_on, versions
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -177,10 +177,11 @@ class Checkpoints(Checkpoint):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._testing or self._signal is not None:
-            raise Stopped(number, f"stopped at once by {NAMES[signal.Signals(number)]}{self._how_to_go_on()}")
+            raise Stopped(number, f"stopped at once by {NAMES[signal.Signals(number)]}{how_to_go_on(self.folder)}")
         self._signal = number
-        # Not the log, which may be at work in what was interrupted.
-        os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
+        if ranks.is_first():
+            # Not the log, which may be at work in what was interrupted.
+            os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
 
     def _asked(self, trainer: L.Trainer) -> bool:
         """Whether a signal came, with several processes to any of them, so that all stop at the same step."""
@@ -190,12 +191,7 @@ class Checkpoints(Checkpoint):
     def _stop(self, trainer: L.Trainer) -> None:
         number = self._signal or signal.SIGTERM
         where = f"after step {trainer.global_step} ({epoch_name(trainer)})"
-        raise Stopped(number, f"stopped by {NAMES[signal.Signals(number)]} {where}{self._how_to_go_on()}")
-
-    def _how_to_go_on(self) -> str:
-        if not (self.folder / LAST).exists():
-            return "; there is no checkpoint"
-        return f"; go on with: python -m mnist_lit.train resume={shown(self.folder)}"
+        raise Stopped(number, f"stopped by {NAMES[signal.Signals(number)]} {where}{how_to_go_on(self.folder)}")
 
 
 class StopOnNaN(L.Callback):

@@ -11,11 +11,12 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, Stopped, runs
+from mnist_lit import Refusal, Stopped, ranks, runs
 from mnist_lit.configuration import CONF, ConfigFiles, check, flat, quoted
 from mnist_lit.job import end_with_parent
 
@@ -40,7 +41,8 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False, sweeps
         print(help_text(verb, flags.overrides))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come to us as they are, not as Hydra's printed text
-    end_with_parent()
+    if ranks.is_first():
+        end_with_parent()
     files = ConfigFiles(flags.config_name or verb, flags.config_dir)
     job = _Job(verb, files, work, run_folder)
     hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
@@ -51,22 +53,24 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False, sweeps
             if multirun and not _only_shows(flags):
                 if not sweeps:
                     raise Refusal("-m: only train makes sweeps")
+                if ranks.by_torchrun():
+                    raise Refusal("torchrun starts the processes of one run: leave out -m")
                 _sweep(verb, files, flags, arguments, hydra_main)
                 return
             if not _only_shows(flags):
-                overrides, job.continued = _prepare(files, overrides, run_folder)
+                overrides, job.continued = _prepare_all(files, overrides, run_folder)
             _hand_over(arguments, flags, overrides)
             hydra_main(job)()
         if job.refusal:
             raise job.refusal
     except Refusal as refusal:
+        if not (ranks.is_first() or isinstance(refusal, ranks.LostProcessError)):  # it may concern all: one says it
+            time.sleep(ranks.FIRST_SAYS_IT)
         sys.exit(f"{verb}: {refusal}")
-    except Stopped as stopped:
-        print(f"{verb}: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.signal)
-    except KeyboardInterrupt:
-        print(f"{verb}: stopped", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        if ranks.is_first():
+            print(f"{verb}: {stopped if isinstance(stopped, Stopped) else 'stopped'}", file=sys.stderr)
+        sys.exit(128 + (stopped.signal if isinstance(stopped, Stopped) else signal.SIGINT))
 
 
 class _Job:
@@ -84,9 +88,10 @@ class _Job:
         folder = Path(of_hydra.runtime.output_dir)
         try:
             values = self.continued or self.files.checked_values(config, of_hydra.runtime.choices)
-            self.work(**{"folder": folder} if self.run_folder else {}, **values)
+            with ranks.loss_as_refusal(lambda: runs.how_to_go_on(folder)):
+                self.work(**{"folder": folder} if self.run_folder else {}, **values)
         except Refusal as refusal:
-            if self.run_folder:
+            if self.run_folder and ranks.is_first():
                 _remove_traces(folder, self.verb)
             self.refusal = refusal  # raised here, Hydra would print a line of its own
 
@@ -120,6 +125,21 @@ def _hand_over(arguments: list[str], flags: Any, overrides: list[str]) -> None:
     sys.argv[1:] = [*(argument for argument in arguments if argument not in flags.overrides), *overrides]
 
 
+def _prepare_all(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tuple[list[str], dict[str, Any] | None]:
+    """``_prepare`` in one of several processes, too."""
+    if not run_folder or not ranks.is_started_by_another():
+        ranks.tell_children()
+        return _prepare(files, overrides, run_folder)
+    ranks.end_with_parent()
+
+    def prepare(overrides: list[str]) -> tuple[list[str], dict[str, Any] | None]:
+        numbered = ranks.with_torchruns_numbers(overrides) if ranks.by_torchrun() else overrides
+        return _prepare(files, numbered, run_folder)
+
+    prepared, continued = ranks.prepared_by_first(overrides, prepare) if ranks.by_torchrun() else prepare(overrides)
+    return prepared if ranks.is_first() else [*prepared, *ranks.QUIET], continued
+
+
 def _prepare(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tuple[list[str], dict[str, Any] | None]:
     """Check the command line and claim the run's folder, all before Hydra starts.
 
@@ -133,8 +153,8 @@ def _prepare(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tupl
         return _prepare_resume(files, overrides, config)
     with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
         values = files.checked_values(config, config.hydra.runtime.choices)
-        _refuse_missing_gpu(values.get("trainer", {}).get("accelerator"))
-    if not run_folder or _is_another_process():  # of the same run: the folder is ours already
+        _refuse_what_is_missing(values.get("trainer", {}))
+    if not run_folder or not ranks.is_first():  # the first one has the folder already
         return overrides, None
     folder = _claimed(overrides, "hydra.run.dir", config.hydra.run.dir)
     if runs.holds_run(folder):
@@ -204,7 +224,7 @@ def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tu
     """The same for a run that goes on in its own folder, with its own configuration."""
     from mnist_lit import resume
 
-    if not _is_another_process() and any(override.startswith("hydra.run.dir=") for override in overrides):
+    if ranks.is_first() and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise Refusal("resume= goes on in the run's own folder: leave out hydra.run.dir")
     values, choices = files.checked_values(config, config.hydra.runtime.choices), config.hydra.runtime.choices
     run = resume.find(values["resume"], files.outputs_folder())
@@ -218,19 +238,18 @@ def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tu
         continued,
         files.defaults(choices) | {section: continued[section] for section in ("model", "optimizer", "logger")},
     )
-    _refuse_missing_gpu(continued["trainer"]["accelerator"])
-    kept = [override for override in overrides if override.split("=", 1)[0] not in ("resume", "hydra.run.dir")]
+    _refuse_what_is_missing(continued["trainer"])
+    kept = [override for override in overrides if ranks.key(override) not in ranks.FOLDER_KEYS]
     # The path itself, for further processes of this run: by then something else may be the latest.
     where = [quoted(f"resume={run.start}"), quoted(f"hydra.run.dir={run.folder}"), "hydra.output_subdir=null"]
     return [*kept, *where], continued
 
 
-def _is_another_process() -> bool:
-    return "LOCAL_RANK" in os.environ
-
-
-def _refuse_missing_gpu(accelerator: Any) -> None:
-    """Where the system itself has no GPU there is no need to import torch to find that out."""
+def _refuse_what_is_missing(trainer: dict[str, Any]) -> None:
+    accelerator, machines = trainer.get("accelerator"), trainer.get("num_nodes", 1)
+    if machines > 1 and not ranks.by_torchrun():  # each would prepare a folder of its own, and wait for the others
+        raise Refusal(f"trainer.num_nodes={machines}: several machines are started with torchrun (see README.md)")
+    # Where the system itself has no GPU there is no need to import torch to find that out.
     devices = ("nvidia[0-9]*", "nvidiactl", "nvmap", "nvhost-gpu", "dxg", "kfd")  # NVIDIA, Jetson, WSL, ROCm
     if accelerator in ("gpu", "cuda") and sys.platform == "linux":
         if not any(found for device in devices for found in Path("/dev").glob(device)):

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mnist_lit import Refusal, __version__
+from mnist_lit import Refusal, __version__, ranks
 from mnist_lit.checkpoint_file import trouble
 from mnist_lit.files import CannotWriteError, remove_unfinished, write_whole
 
@@ -67,6 +67,16 @@ def whole_one_instead(folder: Path, damaged: Path, key: str) -> str:
 def shown(folder: Path) -> str:
     """``folder`` as short as it can be typed here."""
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+
+
+def how_to_go_on(folder: Path) -> str:
+    """The end of a sentence about a training run that has stopped; nothing where none has begun."""
+    if not (folder / "config.yaml").exists():
+        return ""
+    if not (folder / LAST).exists():
+        return "; there is no checkpoint"
+    start = "torchrun ..." if ranks.by_torchrun() else "python"
+    return f"; go on with: {start} -m mnist_lit.train resume={shown(folder)}"
 
 
 def begin(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:

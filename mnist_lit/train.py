@@ -80,7 +80,8 @@ def train(
         start = Path(resume) if resume and Path(resume).is_file() else None
         if resume:
             log.info("going on with %s from %s", runs.shown(folder), start.name if start else "its beginning")
-        with logging_redirect_tqdm():  # a line of the log goes above the bar, not into it
+        # A line of the log goes above the bar, not into it; there is one bar.
+        with logging_redirect_tqdm() if lightning_trainer.is_global_zero else nullcontext():
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
         best_path = checkpoints.best_path
         (test,) = lightning_trainer.test(classifier, datamodule, ckpt_path=best_path, verbose=False)

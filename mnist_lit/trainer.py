@@ -47,7 +47,7 @@ def build_trainer(
                 "enable_checkpointing": True,  # Lightning wants this where a callback could write one
             },
             plugins=[WholeFiles()],
-            callbacks=[*callbacks, ProgressBar()] if shows_bar else callbacks,
+            callbacks=[EndsOthers(), *callbacks, *([ProgressBar()] if shows_bar else [])],
             logger=[_logger(name, folder, options, resumed) for name, options in (logger or {}).items()],
             default_root_dir=folder,
             use_distributed_sampler=False,  # the loaders share a batch out among the processes themselves
@@ -60,6 +60,18 @@ def build_trainer(
     if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
         raise Refusal(f"trainer.devices={arguments['devices']}: this machine has {cores} CPU cores to share out")
     return trainer
+
+
+class EndsOthers(L.Callback):
+    """When this process fails, ends those that Lightning has started from it: they would only find that it is gone."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        started = getattr(trainer.strategy.launcher, "procs", [])
+        others = started[:]
+        started.clear()  # Lightning's observer looks at this list, and would kill this process for one of them
+        for process in others:
+            process.kill()
+            process.wait()
 
 
 def check_batches(trainer: L.Trainer, data: MNISTDataModule, arguments: dict[str, Any]) -> None:
@@ -93,10 +105,10 @@ def check_limit(stage: str, data: MNISTDataModule, arguments: dict[str, Any]) ->
 
 
 def device_name(trainer: L.Trainer) -> str:
-    device = trainer.strategy.root_device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    device, threads = trainer.strategy.root_device, torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name += f", {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else ""
+    return f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
 
 
 def tidy_messages() -> None:
@@ -104,6 +116,8 @@ def tidy_messages() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are ready in memory
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # the model logs by epoch
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")  # no validation split
+    # The same layout by other numbers: a stride over the one input channel means nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning 2.6 with torch 2.15
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
     if logging.getLogger().hasHandlers():  # set up by Hydra; Lightning's own handlers would say it a second time

@@ -104,30 +104,6 @@ def test_a_terminal_gets_a_bar_with_loss_and_accuracy(tmp_path: Path) -> None:
     assert len(re.findall(r"^epoch 1/1  train/loss", text.replace("\r", "\n"), re.MULTILINE)) == 1
 
 
-def test_two_processes_train_as_one_does_and_count_every_test_image_once(tmp_path: Path) -> None:
-    results = {}
-    for devices in (1, 2):
-        done = command(
-            "data.source=sample",
-            "data.batch_size=300",
-            "model.dropout=0",  # each process would draw its own
-            "optimizer=sgd",
-            "trainer.accelerator=cpu",
-            f"trainer.devices={devices}",
-            "trainer.max_epochs=1",
-            "trainer.limit_train_batches=5",
-            f"hydra.run.dir={devices}",
-            cwd=tmp_path,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("accuracy=") == 1
-        results[devices] = json.loads((tmp_path / str(devices) / "metrics.json").read_text())
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1", "2"]
-    for key in ("train/loss", "train/acc", "test/loss"):
-        assert results[2][key] == pytest.approx(results[1][key], rel=1e-4), key
-    assert results[2]["test/acc"] == pytest.approx(results[1]["test/acc"], abs=1.5e-3)
-
-
 def test_06_folders_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for arguments in (["hydra.run.dir=file"], ["hydra.run.dir=file/run"], ["-m", "seed=0,1", "hydra.sweep.dir=file"]):

@@ -74,7 +74,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_an_existing_ray_cluster(cluster: str, tmp_path: Path) -> None:
     done = command(*SWEEP, "hydra/launcher=ray_cluster", f"hydra.launcher.ray.init.address={cluster}", cwd=tmp_path)
     assert is_as_expected(done, tmp_path)
-    assert {*found(tmp_path).values()} == {"cpu, 1 threads"}
+    assert {*found(tmp_path).values()} == {"cpu, 1 thread"}
 
 
 def test_a_launcher_that_is_not_installed_says_what_to_install(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_22_a_job_that_raises_exits_or_is_killed_does_not_stop_the_others(tmp_pa
         assert line in done.stdout.splitlines()
     well = tmp_path / "s" / "how-well" / "metrics.json"
     if (os.cpu_count() or 1) == 2:
-        assert json.loads(well.read_text())["device"] == "cpu, 1 threads"  # shared out among the two jobs
+        assert json.loads(well.read_text())["device"] == "cpu, 1 thread"  # shared out among the two jobs
     assert "Traceback" in (tmp_path / "s" / "how-raises" / "error.txt").read_text()
 
     before = well.stat().st_mtime_ns

@@ -1,0 +1,291 @@
+"""A run in several processes, started by Lightning or by torchrun, on CPUs; the numbers are rows of docs/faults.md."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from soak import comparable
+from test_commands import command
+
+from mnist_lit import Refusal, ranks, runs
+from mnist_lit.configuration import settings
+from mnist_lit.evaluate import evaluate
+
+SMALL = ["data.source=sample", "data.batch_size=400", "trainer.accelerator=cpu", "trainer.limit_test_batches=2"]
+ENDLESS = [*SMALL, "trainer.max_epochs=9999", "checkpoint.every_n_steps=5"]
+
+# The command with each process's loss at each step in a file of its own.
+RECORDING = """
+import sys
+from pathlib import Path
+from mnist_lit import train
+from mnist_lit.model import MNISTClassifier
+
+step = MNISTClassifier.training_step
+
+def recorded(classifier, batch, batch_idx):
+    loss = step(classifier, batch, batch_idx)
+    with Path(__file__).with_name(f"losses_{classifier.trainer.world_size}_{classifier.global_rank}").open("a") as file:
+        print(repr(loss.item()), len(batch[1]), file=file)
+    return loss
+
+MNISTClassifier.training_step = recorded
+train.main()
+"""
+
+
+def start(
+    *arguments: str, cwd: Path, torchrun: list[str] | None = None, log: str = "terminal"
+) -> subprocess.Popen[bytes]:
+    """``python -m mnist_lit.train``, or what else the arguments name first, with its output in the file ``log``.
+
+    One thread a process, so that the bits do not depend on who has started it.
+    """
+    what = (
+        list(arguments)
+        if arguments[0].endswith(".py") or arguments[0] == "-m"
+        else ["-m", "mnist_lit.train", *arguments]
+    )
+    with (cwd / log).open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *what],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def start_machines(count: int, *arguments: str, cwd: Path) -> list[subprocess.Popen[bytes]]:
+    """torchrun on so many machines, all of which are this one, with one process each; the first one comes last."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = ["--master-addr=127.0.0.1", f"--master-port={probe.getsockname()[1]}"]
+    agents = []
+    for number in reversed(range(count)):
+        nodes = [f"--nnodes={count}", "--nproc-per-node=1", f"--node-rank={number}"]
+        agents.append(start(*arguments, cwd=cwd, torchrun=[*nodes, *where], log=f"terminal_{number}"))
+        time.sleep(1)
+    return agents[::-1]
+
+
+def said(*processes: subprocess.Popen[bytes], cwd: Path, code: int | None = 0) -> str:
+    """What the processes and those that they have started have said, once they have ended, within a minute or so."""
+    for process in processes:
+        process.wait(timeout=100)
+    text = "\n".join(path.read_text() for path in sorted(cwd.glob("terminal*")))
+    assert code is None or {process.returncode for process in processes} == {code}, text
+    return text
+
+
+def started_by(process: subprocess.Popen[bytes]) -> list[int]:
+    """The ids of the living processes that it has started, and those that they have."""
+    found, more = [], [process.pid]
+    while more:
+        found += more
+        more = [child for child, parent in _living().items() if parent in more]
+    return found[1:]
+
+
+def _living() -> dict[int, int]:
+    """Each process's parent; not those that have ended and that only their parents have not noticed yet."""
+    lines = subprocess.check_output(["ps", "-eo", "pid=,ppid=,stat="], text=True).splitlines()
+    rows = [line.split() for line in lines]
+    return {int(pid): int(parent) for pid, parent, state in rows if not state.startswith("Z")}
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    end = time.monotonic() + 90
+    while not (value := what()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
+
+
+def only_run(cwd: Path) -> Path:
+    (folder,) = (cwd / "outputs").iterdir()
+    return folder
+
+
+def final(folder: Path) -> Any:
+    """Weights, optimizer's state, what was recorded and the results, without what was measured."""
+    content = torch.load(folder / runs.LAST, weights_only=True)
+    return comparable([content["state_dict"], content["optimizer_states"], content["recorded"], results(folder)])
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_two_processes_have_the_losses_of_one_at_each_step_in_one_folder_with_one_log(tmp_path: Path) -> None:
+    (tmp_path / "recording.py").write_text(RECORDING)
+    texts = {}
+    for count in (1, 2):
+        # Without dropout, of which each process draws its own.
+        own = ["model.dropout=0", "trainer.max_epochs=1", f"trainer.devices={count}", f"hydra.run.dir=run {count}"]
+        process = start("recording.py", *SMALL, *own, "trainer.limit_test_batches=null", cwd=tmp_path)
+        texts[count] = said(process, cwd=tmp_path)
+    (one,), two = losses(tmp_path, 1), losses(tmp_path, 2)
+    assert [size for _, size in one] == [400] * 10 and {size for process in two for _, size in process} == {200}
+    for (expected, _), *parts in zip(one, *two, strict=True):
+        assert sum(loss for loss, _ in parts) / 2 == pytest.approx(expected, rel=1e-5)
+
+    of_one, of_two = results(tmp_path / "run 1"), results(tmp_path / "run 2")
+    assert of_two["test/loss"] == pytest.approx(of_one["test/loss"], rel=1e-4)
+    assert of_two["test/acc"] == pytest.approx(of_one["test/acc"], abs=1.5e-3)
+    assert of_two["test/images"] == 1000 and of_two["device"] == "2 x cpu, 1 thread"
+    files = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in tmp_path.glob("run *")]
+    assert files[0] == files[1]
+    # The other process says nothing, here and in the log.
+    for text in (texts[2], (tmp_path / "run 2" / "train.log").read_text()):
+        for line in ("1,045,576 parameters", "GLOBAL_RANK: ", "convolutions: ", "epoch 1/1", "`Trainer.fit` stopped"):
+            assert sum(line in each for each in text.splitlines()) == 1, line
+
+
+def losses(folder: Path, count: int) -> list[list[tuple[float, int]]]:
+    """Of each process, of each step: the loss, and of how many images."""
+    texts = [(folder / f"losses_{count}_{number}").read_text() for number in range(count)]
+    pairs = [[line.split() for line in text.splitlines()] for text in texts]
+    return [[(float(loss), int(size)) for loss, size in each] for each in pairs]
+
+
+def test_the_processes_of_a_machine_share_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    done = command(*SMALL, "trainer.fast_dev_run=1", "trainer.devices=2", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    assert results(tmp_path / "run")["device"].startswith(f"2 x cpu, {threads} thread")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in two processes that nothing has stopped."""
+    cwd = tmp_path_factory.mktemp("whole")
+    said(start(*SMALL, "trainer.max_epochs=4", "trainer.devices=2", "hydra.run.dir=run", cwd=cwd), cwd=cwd)
+    return cwd / "run"
+
+
+def test_03_two_processes_stopped_by_sigterm_go_on_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    process = start(*SMALL, "trainer.max_epochs=4", "trainer.devices=2", "checkpoint.every_n_steps=1", cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("outputs/*/checkpoints/last.ckpt")))
+    process.terminate()
+    text = said(process, cwd=tmp_path, code=143)
+    assert text.count("\nstopping at") == 1 and "Traceback" not in text
+    assert len(sentences := re.findall("^train: .*", text, re.MULTILINE)) == 1 and "stopped by SIGTERM" in sentences[0]
+    said(start("resume=latest", cwd=tmp_path), cwd=tmp_path)
+    assert final(only_run(tmp_path)) == final(whole)
+
+
+def test_03_two_machines_stopped_by_sigterm_go_on_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    """The second one's signal alone stops both; both go on with the run that the first one finds to be the latest."""
+    agents = start_machines(2, *SMALL, "trainer.max_epochs=4", "checkpoint.every_n_steps=1", cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("outputs/*/checkpoints/last.ckpt")))
+    agents[1].terminate()
+    text = said(*agents, cwd=tmp_path, code=None)
+    assert len(re.findall("^train: stopped by SIGTERM", text, re.MULTILINE)) == 1
+    for log in tmp_path.glob("terminal_*"):
+        log.unlink()
+    folder = only_run(tmp_path)
+    text = said(*start_machines(2, "resume=latest", cwd=tmp_path), cwd=tmp_path)
+    assert text.count("accuracy=") == 1 and only_run(tmp_path) == folder
+    assert {path.name for path in folder.glob("*.log")} == {"train.log"}
+    assert final(folder) == final(whole)
+
+
+def test_three_machines_test_each_image_once(good_run: Path, tmp_path: Path) -> None:
+    """480 images a batch: the last one has 400 of 10,000 (or 40 of the sample's 1,000), which three do not divide."""
+    full = os.environ.get("MNIST_LIT_DATA")
+    data = [f"data.dir={full}", "data.source=mnist"] if full else ["data.source=sample"]
+    asked = [f"ckpt={good_run}", "data.batch_size=480", "trainer.accelerator=cpu", *data]
+    said(*start_machines(3, "-m", "mnist_lit.evaluate", *asked, "hydra.run.dir=three", cwd=tmp_path), cwd=tmp_path)
+    three, one = results(tmp_path / "three"), evaluate(tmp_path / "one", **settings("evaluate", *asked))
+    assert three["test/images"] == (10000 if full else 1000) and three["device"].startswith("3 x cpu")
+    assert three["test/loss"] == pytest.approx(one["test/loss"], rel=1e-5)
+    for key in ("test/acc", "test/digits", "test/confusion_matrix"):
+        assert three[key] == one[key], key
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_26_when_a_process_dies_the_other_ends_with_a_sentence(dead: int, tmp_path: Path) -> None:
+    first = start(*ENDLESS, "trainer.devices=2", cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("outputs/*/checkpoints/last.ckpt")))
+    (second,) = started_by(first)
+    os.kill((first.pid, second)[dead], signal.SIGKILL)
+    killed = time.monotonic()
+    text = said(first, cwd=tmp_path, code=(-9, 1)[dead])
+    wait_for(lambda: second not in _living())
+    assert time.monotonic() - killed < 60
+    text = (tmp_path / "terminal").read_text()
+    assert "Traceback" not in text
+    (sentence,) = re.findall("^train: .*", text, re.MULTILINE)
+    assert sentence == (
+        "train: another process of this run has ended, so this one ends, too; "
+        f"go on with: python -m mnist_lit.train resume={only_run(tmp_path).relative_to(tmp_path)}"
+    )
+
+
+def test_26_a_process_that_is_to_wait_for_a_dead_first_one_ends(tmp_path: Path) -> None:
+    """It dies while the other one still imports, which would then look for it for half an hour."""
+    first = start(*ENDLESS, "trainer.devices=2", cwd=tmp_path)
+    (second,) = wait_for(lambda: started_by(first))
+    time.sleep(1)
+    first.kill()
+    killed = time.monotonic()
+    first.wait()
+    wait_for(lambda: second not in _living())
+    assert time.monotonic() - killed < 60
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_26_when_a_machines_process_dies_those_of_the_others_end(dead: int, tmp_path: Path) -> None:
+    agents = start_machines(2, *ENDLESS, cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("outputs/*/checkpoints/last.ckpt")))
+    everybody = [each for agent in agents for each in started_by(agent)]
+    os.kill(started_by(agents[dead])[0], signal.SIGKILL)
+    killed = time.monotonic()
+    text = said(*agents, cwd=tmp_path, code=1)
+    wait_for(lambda: not _living().keys() & set(everybody))
+    assert time.monotonic() - killed < 60
+    (sentence,) = re.findall("^train: .*", text, re.MULTILINE)
+    assert sentence.startswith("train: another process of this run has ended") and "torchrun ... -m" in sentence
+
+
+def test_28_29_torchruns_processes_refuse_once(tmp_path: Path) -> None:
+    for arguments, sentence in (
+        (["optimizer.lrr=1"], "train: unknown key optimizer.lrr; did you mean optimizer.lr?"),
+        (["data.batch_size=99"], "train: data.batch_size=99: each batch of the 4,000 training images, the last one"),
+    ):
+        process = start("data.source=sample", *arguments, torchrun=["--nproc-per-node=2", "--standalone"], cwd=tmp_path)
+        text = said(process, cwd=tmp_path, code=1)
+        assert len(re.findall("^train: .*", text, re.MULTILINE)) == 1 and sentence in text, text
+        assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").iterdir())
+
+
+def test_torchruns_numbers_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LOCAL_WORLD_SIZE", "4"), ("GROUP_WORLD_SIZE", "2"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    numbers = ["trainer.devices=4", "trainer.num_nodes=2"]
+    for typed in ([], ["trainer.devices=4"], ["trainer.num_nodes=2", "trainer.devices=auto"]):
+        assert ranks.with_torchruns_numbers(["seed=1", *typed]) == ["seed=1", *numbers]
+    with pytest.raises(Refusal, match="devices=2: torchrun has started 4 processes on each of 2 machines"):
+        ranks.with_torchruns_numbers(["trainer.devices=2"])
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    with pytest.raises(Refusal, match="torchrun has started 7 processes on 2 machines: give each equally many"):
+        ranks.with_torchruns_numbers([])
+
+
+def test_28_several_machines_without_torchrun_are_refused(tmp_path: Path) -> None:
+    done = command("trainer.num_nodes=2", cwd=tmp_path)
+    assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
+    assert done.stderr == "train: trainer.num_nodes=2: several machines are started with torchrun (see README.md)\n"
