@@ -3,7 +3,7 @@
 python benchmarks/search.py DATA [REPEATS]
 
 Both search the ranges of conf/tune.yaml for the tutorial's network and optimizer, in short trainings: EPOCHS times
-through SHARE of the training images, 5,000 others to validate on. The cost is the number of epochs: random search ends
+through SHARE of the training images, VALIDATION others to validate on. The cost is the number of epochs: random search ends
 each trial, while the search as shipped (TPE, median pruner) prunes and has more of them. A repeat has the same seeds for
 both. What each has found is then trained anew with three other seeds and tested.
 """
@@ -22,14 +22,14 @@ import lightning as L
 import optuna
 
 from mnist_lit import memory
-from mnist_lit.configuration import settings
+from mnist_lit.configuration import ConfigFiles, settings
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.randomness import SeedEachBatch
 from mnist_lit.tune import _knobs, _pruner, _sampler
 
 DOCS = Path(__file__).parents[1] / "docs"
-TRIALS, EPOCHS, SHARE, FRESH_SEEDS = 20, 4, 0.1, (100, 101, 102)
+TRIALS, EPOCHS, SHARE, VALIDATION, FRESH_SEEDS = 20, 4, 0.05, 2000, (100, 101, 102)
 SEARCHES = {"random": ("random", "none"), "tpe, median pruner": ("tpe", "median")}
 
 HEAD = """\
@@ -37,7 +37,7 @@ HEAD = """\
 
 `python benchmarks/search.py DATA` made this page: {repeats} repeats, each with the same seeds for both searches, at the
 cost of {cost} epochs each ({TRIALS} whole trials of {EPOCHS} epochs through {SHARE:.0%} of the full MNIST's training images).
-The knobs and their ranges are those of `conf/tune.yaml`. Validation is on 5,000 images; test is the mean of the found
+The knobs and their ranges are those of `conf/tune.yaml`. Validation is on {VALIDATION:,} images; test is the mean of the found
 settings over {seeds} seeds that no search had, on 10,000 images.
 
 | repeat | random: trials | validation | test | search: trials (pruned) | validation | test | test, difference |
@@ -63,7 +63,7 @@ def train(values: dict[str, Any], seed: int, folder: str, data_of: dict[tuple[in
     """Train with the settings ``values``; returns the trainer, the model and the data."""
     key = (values["data.batch_size"], seed)
     if key not in data_of:
-        data_of[key] = MNISTDataModule(folder, "mnist", values["data.batch_size"], val_size=5000, seed=seed)
+        data_of[key] = MNISTDataModule(folder, "mnist", values["data.batch_size"], val_size=VALIDATION, seed=seed)
     L.seed_everything(seed, verbose=False)
     config = settings("tune")
     model = config["model"] | {"dropout": values["model.dropout"]}
@@ -89,7 +89,7 @@ def search(name: str, repeat: int, folder: str, data_of: dict[tuple[int, int], A
     sampler, pruner = SEARCHES[name]
     spent, budget = [0], TRIALS * EPOCHS
     study = optuna.create_study(direction="maximize", sampler=_sampler(sampler, repeat), pruner=_pruner(pruner))
-    knobs = _knobs(settings("tune")["space"], [])
+    knobs = _knobs(settings("tune")["space"], [], ConfigFiles("train"))
 
     def objective(trial: Any) -> float:
         values = {key: suggest(trial) for key, suggest in knobs.items()}

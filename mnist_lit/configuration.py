@@ -1,6 +1,7 @@
 """From YAML files and overrides to checked, plain Python values."""
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -80,11 +81,14 @@ class ConfigFiles:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
         from hydra.core.global_hydra import GlobalHydra
         from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.core.override_parser.types import ValueType
 
         with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=self.name):
             parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
             parsed = parser.parse_overrides([*overrides])
             fixed = [each.input_line for each in parsed if not each.is_sweep_override() and each.input_line]
+        if self.user_folder and any(each.value_type is ValueType.GLOB_CHOICE_SWEEP for each in parsed):
+            raise Refusal("glob(...) does not look into --config-dir: name the choices")
         sweeper = self.compose(fixed).hydra.sweeper
         if not sweeper._target_.endswith(".BasicSweeper"):
             raise Refusal("hydra/sweeper: a sweep is a grid here; python -m mnist_lit.tune searches")
@@ -225,7 +229,7 @@ def suggestion(key: str, known: Iterable[str]) -> str:
         other_section, _, other_name = other.rpartition(".")
         return difflib.SequenceMatcher(None, name, other_name).ratio(), section == other_section
 
-    nearest = max(known, key=likeness)
+    nearest = max((other for other in known if other != key), key=likeness)
     return f"; did you mean {nearest}?" if likeness(nearest)[0] > 0.6 else " (--help shows them all)"
 
 
@@ -235,6 +239,18 @@ def quoted(argument: str) -> str:
     is_list = key == "images" and re.fullmatch(r"\[.*\]", value)
     if not equals or key.lstrip("+") not in PATH_KEYS or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
         return argument
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", os.path.expanduser(value))
+    return f"{key}={_in_quotes(os.path.expanduser(value))}"
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """``key=value`` as Hydra's grammar wants it, for keys as ``flat`` names them."""
+    return [
+        f"{key}={_in_quotes(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        for key, value in values.items()
+    ]
+
+
+def _in_quotes(value: str) -> str:
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)  # backslashes count only before a quote
-    return f"{key}='{escaped}'"
+    return f"'{escaped}'"

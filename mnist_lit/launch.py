@@ -149,7 +149,9 @@ def _prepare(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tupl
     from omegaconf.errors import InterpolationResolutionError
 
     config = files.compose(overrides)
-    if config.get("resume"):
+    if str(config.hydra.mode) == "RunMode.MULTIRUN":
+        raise Refusal("hydra.mode is MULTIRUN: a sweep is asked for with -m")
+    if config.get("resume") and run_folder:
         return _prepare_resume(files, overrides, config)
     with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
         values = files.checked_values(config, config.hydra.runtime.choices)
@@ -193,8 +195,13 @@ def _sweep(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydr
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     folder = _claimed(overrides, "hydra.sweep.dir", config.hydra.sweep.dir)
     with runs.in_use(folder):
-        jobs = sweep.plan(files, overrides, folder)
-        for_each = [override for override in hydras if not sweep.OF_THE_SWEEP.match(override)]
+        try:
+            jobs = sweep.plan(files, overrides, folder)
+        except Exception:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing is in it
+            raise
+        for_each = [override for override in hydras if not sweep.OF_THE_SWEEP.match(override)] + ["hydra.mode=RUN"]
         for_each += [f"--config-name={flags.config_name}"] if flags.config_name else []
         for_each += [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
         side_by_side = not config.hydra.launcher._target_.endswith(".BasicLauncher")

@@ -124,7 +124,7 @@ def in_use(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise Refusal(f"{folder}: another process trains this run") from error
+        raise Refusal(f"{folder}: another process is at work in it") from error
     finally:
         os.close(handle)
 

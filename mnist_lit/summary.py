@@ -13,7 +13,8 @@ from hydra.experimental.callback import Callback
 
 from mnist_lit import runs
 from mnist_lit.files import write_whole
-from mnist_lit.sweep import Job, differing, read_jobs, title
+from mnist_lit.resume import is_free
+from mnist_lit.sweep import Job, differing, identity, read_jobs, title
 
 log = logging.getLogger("mnist_lit.sweep")
 
@@ -48,13 +49,16 @@ class Group:
     def finished(self) -> list[Job]:
         return [job for job in self.jobs if job.results]
 
+    def values(self, key: str) -> list[float]:
+        return [job.results[key] for job in self.finished if job.results.get(key) is not None]
+
     def mean(self, key: str) -> float | None:
-        values = [job.results[key] for job in self.finished if job.results.get(key) is not None]
+        values = self.values(key)
         return statistics.mean(values) if values else None
 
     def deviation(self, key: str) -> float | None:
         """The standard deviation over the seeds (n - 1), where there are several."""
-        values = [job.results[key] for job in self.finished if job.results.get(key) is not None]
+        values = self.values(key)
         return statistics.stdev(values) if len(values) > 1 else None
 
     @property
@@ -83,11 +87,13 @@ def best_first(jobs: list[Job]) -> tuple[list[Group], bool]:
     Returns:
         The groups, and whether they are ranked; if not they have the order of their folders.
     """
-    differ = [key for key in differing(jobs) if key != "seed"]
-    groups: dict[tuple[str | None, ...], Group] = {}
+    swept = sorted({key for job in jobs for key in job.swept})
+    keys = [key for key in differing(jobs) if key != "seed" and (key in swept or not is_free(key.lstrip("+~")))]
+    groups: dict[str, Group] = {}
     for job in jobs:
-        settings = {key: job.overrides[key] for key in differ if key in job.overrides}
-        groups.setdefault(tuple(map(settings.get, differ)), Group(settings, [])).jobs.append(job)
+        settings = {key: job.overrides[key] for key in keys if key in job.overrides}
+        group = identity({**job.config, "seed": None}, swept)
+        groups.setdefault(group, Group(settings, [])).jobs.append(job)
     finished = [group for group in groups.values() if group.finished]
     ranked = bool(finished) and all(
         job.results.get("val/acc") is not None for each in finished for job in each.finished
@@ -113,10 +119,15 @@ def table(groups: list[Group], ranked: bool) -> str:
     lines.append("")
     if several:
         lines.append("mean ± standard deviation over the seeds")
-    lines.append("best first, by the accuracy on the validation images" if ranked else NOT_RANKED)
+    if any(group.finished for group in groups):
+        lines.append("best first, by the accuracy on the validation images" if ranked else NOT_RANKED)
     jobs = [job for group in groups for job in group.jobs]
     keys = differing(jobs)
-    lines += [f"{job.status}: {title(job.overrides, keys)}: {job.reason}" for job in jobs if not job.results]
+    lines += [
+        f"{job.status}: {title(job.overrides, keys)}" + f": {job.reason}" * bool(job.reason)
+        for job in jobs
+        if not job.results
+    ]
     return "\n".join(lines)
 
 
@@ -161,7 +172,7 @@ def _draw(groups: list[Group], path: Path) -> None:
     for number, key in enumerate(keys):
         color, shift = f"C{number}", 0.18 * (number - (len(keys) - 1) / 2)
         for place, group in enumerate(shown):
-            values = [job.results[key] for job in group.finished]
+            values = group.values(key)
             axes.plot(values, [place + shift] * len(values), "o", ms=4, mfc="none", color=color, alpha=0.6)
         means = [group.mean(key) or math.nan for group in shown]
         spread = [group.deviation(key) or 0.0 for group in shown]

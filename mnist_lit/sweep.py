@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Job:
         folder: Its folder; not in the file.
         overrides: What was changed for it, key by key.
         config: The whole configuration that this gives, flat.
+        swept: The keys that its sweep has several values of.
         status: waiting, running, finished, failed or stopped.
         reason: Why it failed, or empty.
         seconds: How long its process took, the start included.
@@ -43,6 +44,7 @@ class Job:
     folder: Path
     overrides: dict[str, str]
     config: dict[str, Any] = field(repr=False)
+    swept: list[str]
     status: str = "waiting"
     reason: str = ""
     seconds: float = 0.0
@@ -94,26 +96,28 @@ def plan(files: ConfigFiles, overrides: Sequence[str], folder: Path) -> list[Job
     lists = files.sweep_jobs(overrides)
     asked = [dict(override.split("=", 1) for override in each) for each in lists]
     swept = [key for key in asked[0] if len({each[key] for each in asked}) > 1]
-    # What cannot make a job another one does not count, such as where the data are, unless it was swept over.
-    free = [key for key in resume.FREE if key not in swept]
-    configs = [
-        flat(own_values(files.compose(each), resolve=False)) for each in lists
-    ]  # all are composed before a folder is made
+    configs = [flat(own_values(files.compose(each), resolve=False)) for each in lists]  # all, before a folder is made
     folder = folder.absolute()  # jobs may run in processes that are elsewhere
-    there = read_jobs(folder)
+    known = {identity(job.config, swept): job for job in read_jobs(folder)}
     jobs: list[Job] = []
     for own, config in zip(asked, configs, strict=True):
-        known = next((old for old in [*there, *jobs] if not _differ(old.config, config, free)), None)
-        if known is None:
-            known = Job(runs.claim(folder / _name(own, swept)), own, config)
-            known.write()
-        jobs.append(known)
+        mine = known.setdefault(identity(config, swept), Job(Path(), own, config, swept))
+        if not mine.folder.name:
+            mine.folder = runs.claim(folder / _name(own, swept))
+        if not mine.results:  # what does not make it another job, such as where the data are, may have been put right
+            mine.overrides, mine.config, mine.swept = own, config, swept
+            mine.write()
+        jobs.append(mine)
     return jobs
 
 
-def _differ(old: dict[str, Any], new: dict[str, Any], free: Sequence[str]) -> bool:
-    plain = json.loads(json.dumps(new, default=str))
-    return any(old.get(key) != plain.get(key) for key in old.keys() | plain.keys() if not resume.is_free(key, free))
+def identity(config: dict[str, Any], swept: Iterable[str]) -> str:
+    """What makes a job another one than those with other configurations: all but where it runs and where the data are,
+    which do not change its results. What is swept over, or which data they are, always does."""
+    keys = [key.lstrip("+~") for key in swept] + ["data.source"]
+    free = [each for each in resume.FREE if not any(key == each or key.startswith(f"{each}.") for key in keys)]
+    decisive = {key: value for key, value in config.items() if not resume.is_free(key, free)}
+    return json.dumps(decisive, sort_keys=True, default=str)
 
 
 def _name(overrides: dict[str, str], swept: Sequence[str]) -> str:
@@ -147,8 +151,11 @@ class Sweep:
             job.end_with(self.process)
         number = HydraConfig.get().job.num
         mine = self.jobs[number]
+        if any(each.folder == mine.folder for each in self.jobs[:number]):
+            return  # the same was asked twice
         place, asked = f"job {number + 1} of {len(self.jobs)}", title(mine.overrides, self.keys)
         if (mine.folder / "metrics.json").exists():
+            mine.write()  # perhaps the sweep was killed before it could say so
             log.info("%s has been run: %s", place, asked)
             return
         if self._is_over():

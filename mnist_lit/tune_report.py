@@ -10,20 +10,24 @@ from typing import Any
 
 import yaml
 
-from mnist_lit import runs
-from mnist_lit.configuration import CONF
+from mnist_lit import Refusal, runs
+from mnist_lit.configuration import ConfigFiles, as_overrides, flat, own_values
 from mnist_lit.files import write_whole
 
 log = logging.getLogger("mnist_lit.tune")
 
 PICTURES = ("optimization_history", "param_importances", "slice", "intermediate_values", "parallel_coordinate")
+# Where a run finds its data and what it writes is no part of its settings.
+LEFT_OUT = ("data.dir", "data.source", "logger", "trainer.enable_", "resume")
+NOTHING = object()
 SHOWN = 10  # trials in the table on the terminal
 
 
-def report(folder: Path, study: Any, overrides: Sequence[str]) -> None:
+def report(folder: Path, study: Any, overrides: Sequence[str], files: ConfigFiles) -> None:
     """Write the results of ``study`` into ``folder``, and show the best of them.
 
     Raises:
+        Refusal: No trial came to its end.
         CannotWriteError: What was there before is untouched.
     """
     from optuna.trial import TrialState
@@ -32,13 +36,12 @@ def report(folder: Path, study: Any, overrides: Sequence[str]) -> None:
     write_whole(folder / "trials.csv", _csv(trials).encode())
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if not complete:
-        log.warning("no trial came to its end")
-        return
+        raise Refusal(f"no trial came to its end; what became of them is in {runs.shown(folder)}/trials.csv")
     complete.sort(key=lambda trial: -trial.value)
     (folder / "experiment").mkdir(exist_ok=True)
     best = complete[0]
     path = folder / "experiment" / "best.yaml"
-    write_whole(path, experiment(best, study.study_name, overrides).encode())
+    write_whole(path, experiment(best, study.study_name, overrides, files).encode())
     _draw(study, folder, several=len(complete) > 1)
     keys = list(best.params)
     rows = [["trial", "val/acc", *keys]]
@@ -55,24 +58,22 @@ def report(folder: Path, study: Any, overrides: Sequence[str]) -> None:
     log.info("\n%s\n\n%s", table, "\n".join(lines))
 
 
-def experiment(trial: Any, study: str, overrides: Sequence[str]) -> str:
+def experiment(trial: Any, study: str, overrides: Sequence[str], files: ConfigFiles) -> str:
     """The settings of a trial as a file for ``experiment=``; where the data are is left to whoever runs it."""
-    groups, values = [], {}
-    for override in overrides:
-        key, _, text = override.lstrip("+").partition("=")
-        if (CONF / key).is_dir():
-            groups.append({f"override /{key}": text})
-        elif key not in ("data.dir", "data.source", "trainer.enable_checkpointing"):
-            values[key] = yaml.safe_load(text)
-    content: dict[str, Any] = {"defaults": groups} if groups else {}
-    for path, value in {**values, **trial.params}.items():
-        *sections, name = path.split(".")
-        place = content
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = value
-    head = f"# @package _global_\n# The best of the study {study}: validation accuracy {trial.value:.4f} in trial {trial.number}.\n"
-    return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    config = files.compose([*overrides, *as_overrides(trial.params)])
+    choices = config.hydra.runtime.choices
+    groups = {group: choices[group] for group in ("model", "optimizer")}
+    before = flat(own_values(files.compose(f"{group}={choice}" for group, choice in groups.items())))
+    content: dict[str, Any] = {"defaults": [{f"override /{group}": choice} for group, choice in groups.items()]}
+    for key, value in flat(own_values(config)).items():
+        *sections, name = key.split(".")
+        if before.get(key, NOTHING) != value and not key.startswith(LEFT_OUT):
+            place = content
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = value
+    head = f"The best of the study {study}: validation accuracy {trial.value:.4f} in trial {trial.number}."
+    return f"# @package _global_\n# {head}\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def short(value: Any) -> str:

@@ -79,8 +79,24 @@ def test_23_jobs_are_matched_by_what_they_were_asked_and_not_by_their_number(tmp
     assert names(longer) == ["lr-0.3_2", "lr-1.0_2"]
     # What usually does not make another job does when it is swept over.
     assert len(set(names(planned(tmp_path / "b", "model.compiled=true,false")))) == 2
+    for number, swept in enumerate(("checkpoint.every_n_epochs=1,2", "++trainer.profiler=simple,null")):
+        assert len(set(names(planned(tmp_path / f"d{number}", swept)))) == 2
+    assert (
+        len(set(names(planned(tmp_path / "e", "trainer.limit_train_batches=1,1.0")))) == 2
+    )  # a batch, and all of them
+    # Other data make other jobs.
+    sample, full = (planned(tmp_path / "f", "seed=0,1", f"data.source={source}") for source in ("sample", "mnist"))
+    assert not {*names(sample)} & {*names(full)}
     # Asked twice in one sweep, it is one job.
     assert len(set(names(planned(tmp_path / "c", "seed=0,0,1")))) == 2
+
+
+def test_23_a_job_without_results_takes_what_has_been_put_right(tmp_path: Path) -> None:
+    wrong = planned(tmp_path, "seed=0,1", "data.dir=nowhere")
+    results(wrong[0], test_acc=0.9)
+    right = planned(tmp_path, "seed=0,1", "data.dir=there")
+    assert names(right) == names(wrong)
+    assert [job.overrides["data.dir"] for job in read_jobs(tmp_path)] == ["nowhere", "there"]
 
 
 def test_a_folder_with_a_single_run_and_another_sweeper_are_refused(tmp_path: Path) -> None:
@@ -93,6 +109,8 @@ def test_a_folder_with_a_single_run_and_another_sweeper_are_refused(tmp_path: Pa
     with pytest.raises(Refusal, match=r"unknown key optimizer\.rho"), files.errors_as_refusals([]):
         planned(tmp_path / "new", "optimizer=adadelta,sgd", "optimizer.rho=0.9")
     assert not (tmp_path / "new").exists()  # nothing is made before all jobs can be composed
+    done = command("-m", "optimizer=adadelta,sgd", "optimizer.rho=0.9", cwd=tmp_path)
+    assert done.returncode == 1 and not list((tmp_path / "outputs").iterdir())
 
 
 def test_the_summary_ranks_by_validation_with_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None:
@@ -115,6 +133,24 @@ def test_the_summary_ranks_by_validation_with_mean_and_deviation_over_the_seeds(
     assert float(rows[0]["val/acc sd"]) == pytest.approx(0.0141, abs=1e-4)
     assert [row["status"] for row in rows[4:]] == ["failed", "waiting"] and rows[4]["folder"] == "lr-3.0_seed-0"
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_that_were_added_later_are_of_the_same_group(tmp_path: Path) -> None:
+    for job in planned(tmp_path, "optimizer.lr=0.3,1.0", "seed=0", "data.val_size=100", "data.dir=a"):
+        results(job, val_acc=0.9, test_acc=0.9)
+    for job in planned(tmp_path, "optimizer.lr=0.3,1.00", "seed=0,1", "data.val_size=100", "data.dir=b"):
+        results(job, val_acc=0.9, test_acc=0.9)
+    groups, _ = best_first(read_jobs(tmp_path))
+    assert [len(group.finished) for group in groups] == [2, 2]
+
+
+def test_a_sweep_over_the_validation_split_itself_is_shown(tmp_path: Path) -> None:
+    without, with_it = planned(tmp_path, "data.val_size=0,100")
+    results(without, test_acc=0.9)
+    results(with_it, test_acc=0.9, val_acc=0.8)
+    summarize(tmp_path)
+    assert (tmp_path / "summary.png").exists()
+    assert not best_first(read_jobs(tmp_path))[1]
 
 
 def test_without_a_validation_split_nothing_is_ranked(tmp_path: Path) -> None:

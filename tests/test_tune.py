@@ -19,11 +19,11 @@ from conftest import ROOT
 from test_commands import command
 
 from mnist_lit import Refusal
-from mnist_lit.configuration import settings
+from mnist_lit.configuration import ConfigFiles, flat, own_values, settings
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
-from mnist_lit.tune import TrialFailed, _knobs, _open, _require_same_search, counts
+from mnist_lit.tune import TrialFailed, _knobs, _open, _require_same_search, _sampler, counts
 
 SMALL = [
     *("data.source=sample", "data.batch_size=100", "data.val_size=200", "trainer.accelerator=cpu", "~space.data"),
@@ -36,7 +36,7 @@ def sqlite(folder: Path) -> str:
 
 
 def opened(storage: str) -> Any:
-    return _open(storage, "tune", optuna.samplers.RandomSampler(), optuna.pruners.NopPruner())
+    return _open(storage, "tune", optuna.pruners.NopPruner())
 
 
 def tune(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -209,7 +209,7 @@ def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path) -> 
 )
 def test_28_a_space_that_is_none_is_refused(space: dict, overrides: list[str], sentence: str) -> None:
     with pytest.raises(Refusal, match=sentence):
-        _knobs(space, overrides)
+        _knobs(space, overrides, ConfigFiles("train"))
 
 
 def test_28_what_else_is_refused_before_any_trial(tmp_path: Path) -> None:
@@ -232,10 +232,10 @@ def test_28_what_else_is_refused_before_any_trial(tmp_path: Path) -> None:
 
 def test_a_study_is_not_mixed_with_another_search(tmp_path: Path) -> None:
     study = opened(sqlite(tmp_path))
-    _require_same_search(study, "tune", {"space": {"a": 1}, "overrides": []})
-    _require_same_search(study, "tune", {"space": {"a": 1}, "overrides": []})
-    with pytest.raises(Refusal, match="study=tune was begun with space"):
-        _require_same_search(study, "tune", {"space": {"a": 2}, "overrides": []})
+    _require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
+    _require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
+    with pytest.raises(Refusal, match="study=tune was begun with other space: a was 1 and not 2"):
+        _require_same_search(study, "tune", {"space": {"a": 2}, "settings": {}})
 
 
 def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
@@ -253,3 +253,54 @@ def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
 
 def test_every_key_of_train_is_one_of_tune() -> None:
     assert settings("train").keys() <= settings("tune").keys()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["optimizer=adam", "trainer.max_epochs=3"],
+        ["experiment=adam", "optimizer.betas=[0.8,0.9]"],
+        ["experiment=validated", "logger=[csv,tensorboard]", "data.dir=elsewhere"],
+        ["trainer.max_time=10:00:00:00", "+trainer.limit={a:1}", "trainer.gradient_clip_val=null"],
+        ["+model.x='it\\'s, so'", "+model.y=yes", "data.source=sample", "trainer.deterministic=true"],
+    ],
+)
+def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    from mnist_lit.tune_report import LEFT_OUT, experiment
+
+    params = {"optimizer.lr": 0.123, "model.dropout": 0.3, "data.batch_size": 250}
+    trial = optuna.create_trial(value=0.99, params=params, distributions=dict.fromkeys(params, DISTRIBUTION))
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "best.yaml").write_text(experiment(trial, "tune", overrides, ConfigFiles("train")))
+
+    def decisive(files: ConfigFiles, *given: str) -> dict[str, Any]:
+        values = flat(own_values(files.compose(given)))
+        return {key: value for key, value in values.items() if not key.startswith(LEFT_OUT)}
+
+    had = decisive(ConfigFiles("train"), *overrides, *(f"{key}={value}" for key, value in params.items()))
+    assert decisive(ConfigFiles("train", str(tmp_path)), "experiment=best") == had
+
+
+DISTRIBUTION = optuna.distributions.FloatDistribution(0, 1000) if optuna else None
+
+
+def test_whole_numbers_and_fractions_are_told_apart() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = {
+        "data": {"batch_size": {"low": 100, "high": 900}},
+        "optimizer": {"weight_decay": {"low": 0.0, "high": 0.1}},
+    }
+    knobs = _knobs(space, [], ConfigFiles("train"))
+    drawn = {key: suggest(study.ask()) for key, suggest in knobs.items()}
+    assert type(drawn["data.batch_size"]) is int and 0 < drawn["optimizer.weight_decay"] < 0.1
+
+
+def test_the_same_sampler_seed_does_not_draw_the_same_trials_again(tmp_path: Path) -> None:
+    def draws(trials: int) -> list[float]:
+        study = optuna.create_study(sampler=_sampler("random", 0, trials))
+        return [study.ask().suggest_float("x", 0, 1) for _ in range(3)]
+
+    assert draws(0) == draws(0) != draws(3)
