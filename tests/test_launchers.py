@@ -59,7 +59,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         for call in (head, [*ray, f"--address=127.0.0.1:{port}"]):
             nodes.append(subprocess.Popen(call, cwd="/", env=environment, stdout=log, stderr=log))
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while Path(log.name).read_text().count("--block") < len(nodes):
                 assert nodes[-1].poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
                 time.sleep(0.2)
