@@ -35,16 +35,16 @@ PAGE = """\
 
 `python benchmarks/scaling.py DATA` made this page on {cores} cores ({cpu}), with {repeats} repeats in turn. The
 machine's load was {load} before and {load_after} after: what is not this page's own is other work on the same cores.
-The ratios, each of neighbouring measurements, say more than the seconds. An epoch is 120 steps of 500 images, of which
-{steps} were timed.
+An epoch is 120 steps of 500 images, of which {steps} were timed.{disturbed}
 
-| | seconds an epoch, median (lowest to highest) | times as fast as one thread | efficiency |
-| --- | --- | --- | --- |
+| | seconds an epoch, repeat by repeat | median | times as fast as one thread | efficiency |
+| --- | --- | --- | --- | --- |
 {rows}
 
-The efficiency is the second column divided by the number of threads. Two processes do the same work as two threads, but
+How many times as fast: the median of the ratios within a repeat. The efficiency is that divided by the number of threads.
+Two processes do the same work as two threads, but
 pass the gradients: {parameters:,} float32 numbers, {megabytes:.2f} MB a step. To add that many up over two processes,
-gloo takes {reduce:.1f} ms (median of 100, on this machine's loopback), {share:.1f} % of a step of two processes. So
+gloo takes {reduce:.1f} ms (median of 100, on this machine's loopback), {share:.1f} % of their fastest step. So
 several processes are for several GPUs or machines; on one CPU one process takes all threads by itself.
 
 ## Many GPUs, on paper
@@ -67,6 +67,13 @@ backward pass, and trees instead of rings, shorten the waiting, but not the {fix
 """
 
 
+DISTURBED = """
+
+**Other work has disturbed this measurement**: repeats of the same kind differ by more than half. It slows what takes
+two cores more than what takes one, so the medians and the efficiency below say too little; the repeat in which two
+threads were fastest says most: two threads {threads:.2f} and two processes {processes:.2f} times as fast as one thread."""
+
+
 def main(data: str, repeats: int) -> None:
     load = f"{os.getloadavg()[0]:.1f}"
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -75,7 +82,10 @@ def main(data: str, repeats: int) -> None:
             seconds[kind].append(epoch_seconds(data, *processes_and_threads))
             print(f"{seconds[kind][-1]:8.2f} s an epoch  {kind}", flush=True)
     reduce = all_reduce_seconds()
-    base, *_, two = seconds.values()
+    base, threads, two = seconds.values()
+    quietest = threads.index(min(threads))
+    is_disturbed = any(max(each) > 1.5 * min(each) for each in seconds.values())
+    speeds = {"threads": base[quietest] / threads[quietest], "processes": base[quietest] / two[quietest]}
     text = PAGE.format(
         cores=os.cpu_count(),
         cpu=_cpu(),
@@ -83,11 +93,12 @@ def main(data: str, repeats: int) -> None:
         load=load,
         load_after=f"{os.getloadavg()[0]:.1f}",
         steps=STEPS,
+        disturbed=DISTURBED.format(**speeds) if is_disturbed else "",
         rows="\n".join(_row(kind, KINDS[kind][0] * KINDS[kind][1], seconds[kind], base) for kind in KINDS),
         parameters=PARAMETERS,
         megabytes=SIZE / 1e6,
         reduce=1e3 * reduce,
-        share=100 * reduce / (statistics.median(two) / EPOCH),
+        share=100 * reduce / (min(two) / EPOCH),
         flops=FLOPS / 1e12,
         image=1e6 * FLOP_OF_IMAGE / FLOPS,
         fixed=1e6 * FIXED,
@@ -166,7 +177,7 @@ def _paper_row(gpus: int) -> str:
 
 def _row(kind: str, threads: int, seconds: list[float], base: list[float]) -> str:
     speed = statistics.median(one / own for one, own in zip(base, seconds, strict=True))
-    figures = f"{statistics.median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
+    figures = f"{', '.join(f'{each:.1f}' for each in seconds)} | {statistics.median(seconds):.1f}"
     return f"| {kind} | {figures} | {speed:.2f} | {100 * speed / threads:.0f} % |"
 
 
