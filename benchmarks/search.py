@@ -26,7 +26,7 @@ from mnist_lit.configuration import ConfigFiles, settings
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.randomness import SeedEachBatch
-from mnist_lit.tune import _knobs, _pruner, _sampler
+from mnist_lit.study import knobs, make_pruner, make_sampler
 
 DOCS = Path(__file__).parents[1] / "docs"
 TRIALS, EPOCHS, SHARE, VALIDATION, FRESH_SEEDS = 20, 4, 0.05, 2000, (100, 101, 102)
@@ -88,11 +88,11 @@ def train(values: dict[str, Any], seed: int, folder: str, data_of: dict[tuple[in
 def search(name: str, repeat: int, folder: str, data_of: dict[tuple[int, int], Any]) -> dict[str, Any]:
     sampler, pruner = SEARCHES[name]
     spent, budget = [0], TRIALS * EPOCHS
-    study = optuna.create_study(direction="maximize", sampler=_sampler(sampler, repeat), pruner=_pruner(pruner))
-    knobs = _knobs(settings("tune")["space"], [], ConfigFiles("train"))
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, repeat), pruner=make_pruner(pruner))
+    draws = knobs(settings("tune")["space"], [], ConfigFiles("train"))
 
     def objective(trial: Any) -> float:
-        values = {key: suggest(trial) for key, suggest in knobs.items()}
+        values = {key: suggest(trial) for key, suggest in draws.items()}
         report = Report(trial, spent)
         train(values, repeat, folder, data_of, report)
         return report.best

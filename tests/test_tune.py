@@ -23,7 +23,8 @@ from mnist_lit.configuration import ConfigFiles, flat, own_values, settings
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
-from mnist_lit.tune import TrialFailed, _knobs, _open, _require_same_search, _sampler, counts
+from mnist_lit.search import Search, TrialFailed, counts
+from mnist_lit.study import knobs, make_pruner, make_sampler, open_study, require_same_search
 
 SMALL = [
     *("data.source=sample", "data.batch_size=100", "data.val_size=200", "trainer.accelerator=cpu", "~space.data"),
@@ -36,7 +37,7 @@ def sqlite(folder: Path) -> str:
 
 
 def opened(storage: str) -> Any:
-    return _open(storage, "tune", optuna.pruners.NopPruner())
+    return open_study(storage, "tune", make_pruner("none"))
 
 
 def tune(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -209,7 +210,7 @@ def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path) -> 
 )
 def test_28_a_space_that_is_none_is_refused(space: dict, overrides: list[str], sentence: str) -> None:
     with pytest.raises(Refusal, match=sentence):
-        _knobs(space, overrides, ConfigFiles("train"))
+        knobs(space, overrides, ConfigFiles("train"))
 
 
 def test_28_what_else_is_refused_before_any_trial(tmp_path: Path) -> None:
@@ -232,17 +233,15 @@ def test_28_what_else_is_refused_before_any_trial(tmp_path: Path) -> None:
 
 def test_a_study_is_not_mixed_with_another_search(tmp_path: Path) -> None:
     study = opened(sqlite(tmp_path))
-    _require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
-    _require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
+    require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
+    require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
     with pytest.raises(Refusal, match="study=tune was begun with other space: a was 1 and not 2"):
-        _require_same_search(study, "tune", {"space": {"a": 2}, "settings": {}})
+        require_same_search(study, "tune", {"space": {"a": 2}, "settings": {}})
 
 
 def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
-    from mnist_lit.tune import _Search
-
     study = opened(sqlite(tmp_path))
-    search = _Search(tmp_path, study, 2, {}, [], 1)
+    search = Search(tmp_path, study, 2, {}, [], 1)
     study.add_trial(optuna.create_trial(value=0.5))
     earlier, later = study.ask(), study.ask()
     search._refuse_surplus(earlier)
@@ -293,14 +292,30 @@ def test_whole_numbers_and_fractions_are_told_apart() -> None:
         "data": {"batch_size": {"low": 100, "high": 900}},
         "optimizer": {"weight_decay": {"low": 0.0, "high": 0.1}},
     }
-    knobs = _knobs(space, [], ConfigFiles("train"))
-    drawn = {key: suggest(study.ask()) for key, suggest in knobs.items()}
+    draws = knobs(space, [], ConfigFiles("train"))
+    drawn = {key: suggest(study.ask()) for key, suggest in draws.items()}
     assert type(drawn["data.batch_size"]) is int and 0 < drawn["optimizer.weight_decay"] < 0.1
 
 
 def test_the_same_sampler_seed_does_not_draw_the_same_trials_again(tmp_path: Path) -> None:
     def draws(trials: int) -> list[float]:
-        study = optuna.create_study(sampler=_sampler("random", 0, trials))
+        study = optuna.create_study(sampler=make_sampler("random", 0, trials))
         return [study.ask().suggest_float("x", 0, 1) for _ in range(3)]
 
     assert draws(0) == draws(0) != draws(3)
+
+
+def test_25_a_trial_whose_process_was_killed_before_it_began_does_not_stay_running(tmp_path: Path, monkeypatch) -> None:
+    from mnist_lit import search
+
+    study = opened(sqlite(tmp_path))
+    never_begun, begun = study.ask(), study.ask()
+    begun.set_user_attr("begun", begun.number)
+    monkeypatch.setattr(search, "GRACE", 0.2)
+    workers = Search(tmp_path, study, 2, {}, [], 1)
+    workers._fail_lost_trials()
+    assert states(study) == ["RUNNING", "RUNNING"]
+    time.sleep(0.3)
+    workers._fail_lost_trials()
+    assert states(study) == ["FAIL", "RUNNING"]
+    assert not counts(study.get_trials()[never_begun.number])
