@@ -104,10 +104,11 @@ def _draw(study: Any, folder: Path, several: bool) -> None:
     import optuna.visualization.matplotlib as visualization
 
     for name in PICTURES if several else PICTURES[:1]:
+        what = {} if name == "intermediate_values" else {"target_name": "validation accuracy"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are experimental, says each
             try:
-                drawn = getattr(visualization, f"plot_{name}")(study)
+                drawn = getattr(visualization, f"plot_{name}")(study, **what)
             except (ValueError, RuntimeError) as error:  # all trials alike, for instance
                 log.info("no picture of %s: %s", name, error)
                 continue
