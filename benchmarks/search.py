@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning as L
 import optuna
+from scipy import stats
 
 from mnist_lit import memory
 from mnist_lit.configuration import ConfigFiles, settings
@@ -154,13 +155,13 @@ def document(found: list[dict[str, Any]], tutorial: float) -> str:
     for key, title in (("val/acc", "best validation accuracy"), ("test/acc", "test accuracy of what was found")):
         differences = [by[searched, repeat][key] - by[random, repeat][key] for repeat in repeats]
         mean = statistics.mean(differences)
-        deviation = statistics.stdev(differences) if len(differences) > 1 else 0.0
-        error = deviation / len(differences) ** 0.5
-        verdict = "above" if mean > 2 * error else "below" if mean < -2 * error else "not told apart from"
+        deviation = statistics.stdev(differences)
+        half = float(stats.t.ppf(0.975, len(differences) - 1)) * deviation / len(differences) ** 0.5
+        verdict = "better" if mean > half else "worse" if mean < -half else "not told apart"
         lines.append(
             f"- {title}: search minus random {mean:+.4f} on average, standard deviation {deviation:.4f}, "
-            f"{sum(d > 0 for d in differences)} of {len(differences)} above 0: {verdict} random draws"
-            + (" (two standard errors)." if verdict != "not told apart from" else " by two standard errors.")
+            f"{sum(d > 0 for d in differences)} of {len(differences)} above 0; 95 % interval (Student's t, paired) "
+            f"{mean - half:+.4f} to {mean + half:+.4f}: {verdict}."
         )
     lines.append(
         f"- The tutorial's own settings, trained as shortly with the same {len(FRESH_SEEDS)} seeds: {tutorial:.4f}."
