@@ -150,6 +150,7 @@ def test_03_04_a_signal_stops_at_the_end_of_the_step_and_says_how_to_go_on(
 def test_04_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     # A long step in many small parts: Python sees a signal only between two operations of PyTorch.
     process = started(tmp_path, "data.batch_size=1", "trainer.accumulate_grad_batches=1000")
+    time.sleep(0.5)  # into the next epoch's first step: at an epoch's end the first signal would end the run
     process.send_signal(signal.SIGINT)
     assert process.stderr
     for line in process.stderr:
