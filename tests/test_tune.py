@@ -31,6 +31,8 @@ SMALL = [
     *("trainer.max_epochs=3", "trainer.limit_train_batches=3", "trainer.limit_test_batches=2"),
 ]
 
+LONG = ["trainer.max_epochs=12", "trainer.limit_train_batches=20"]  # some seconds, so that a signal comes in time
+
 
 def sqlite(folder: Path) -> str:
     return f"sqlite:///{folder}/tune.db"
@@ -135,7 +137,7 @@ def test_24_a_trial_without_a_finite_loss_fails_and_the_study_goes_on(tmp_path: 
 
 
 def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    arguments = [f"storage={sqlite(tmp_path)}", "n_trials=2", "pruner=none", *SMALL]
+    arguments = [f"storage={sqlite(tmp_path)}", "n_trials=2", "pruner=none", *SMALL, *LONG]
     process = started(*arguments, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "outputs" / "tune" / "trials").glob("*/config.yaml")):
