@@ -131,9 +131,10 @@ class Search:
         if ended.code != 0 and not self.stop.is_set() and hopeless:
             raise optuna.TrialPruned(f"after epoch {curve.epoch}")
         killed = ended.code < 0 or ended.code in STOPPED
-        again = killed and len(trial.system_attrs.get("retry_history", [])) < MOST_RETRIES
+        before = self.study._storage.get_trial(trial._trial_id)
+        again = killed and len(before.system_attrs.get("retry_history", [])) < MOST_RETRIES
         if ended.code != 0 and (self.stop.is_set() or again):
-            self.retry(self.study, self.study._storage.get_trial(trial._trial_id))
+            self.retry(self.study, before)
             raise TrialFailed("stopped or killed; it will be run again")
         if ended.code != 0 or curve.best is None:
             reason = ended.reason.removeprefix("train: ") if ended.code else "nothing was validated"

@@ -51,7 +51,7 @@ def finished(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def processes(sweep: int) -> list[str]:
     """The processes of the sweep: those that it has started, and those with its folder on their command line."""
-    lines = subprocess.check_output(["ps", "-eo", "pid,ppid,args"], text=True).splitlines()[1:]
+    lines = subprocess.check_output(["ps", "-ewwo", "pid,ppid,args"], text=True).splitlines()[1:]
     return [line for line in lines if str(Path.cwd() / "sweep") in line or int(line.split()[1]) == sweep]
 
 

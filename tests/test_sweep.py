@@ -222,7 +222,7 @@ def wait_for(condition: Any, seconds: float) -> None:
 
 
 def processes_with(text: str) -> list[str]:
-    return [line for line in subprocess.check_output(["ps", "-eo", "args"], text=True).splitlines() if text in line]
+    return [line for line in subprocess.check_output(["ps", "-ewwo", "args"], text=True).splitlines() if text in line]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -178,6 +178,23 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert of_run["optimizer"]["lr"] == best.params["optimizer.lr"] and of_run["data"]["val_size"] == 200
 
 
+def test_25_a_trial_whose_own_process_is_killed_is_run_again(tmp_path: Path) -> None:
+    process = started(f"storage={sqlite(tmp_path)}", "n_trials=1", *SMALL, *LONG, cwd=tmp_path)
+    first = tmp_path / "outputs" / "tune" / "trials" / "0"
+    deadline = time.monotonic() + 60
+    while not (first / "config.yaml").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    lines = subprocess.check_output(["ps", "-ewwo", "pid,args"], text=True).splitlines()
+    (line,) = [line for line in lines if "mnist_lit.train" in line and f"hydra.run.dir='{first}'" in line]
+    os.kill(int(line.split()[0]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped or killed; it will be run again" in said, said
+    study = opened(sqlite(tmp_path))
+    lost, again = study.get_trials()
+    assert states(study) == ["FAIL", "COMPLETE"] and again.params == lost.params
+
+
 def test_a_trial_that_validates_badly_is_pruned(tmp_path: Path) -> None:
     study = opened(sqlite(tmp_path))
     for _ in range(5):
