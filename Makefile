@@ -10,31 +10,40 @@ RUN := $(VENV)/bin/python
 # uv reads no settings of pip: the package index that pip was told to use is passed on.
 UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(RUN) -m pip config get global.index-url 2>/dev/null)}}"; \
 	if [ -n "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX; else unset UV_DEFAULT_INDEX; fi; $(VENV)/bin/uv
+# All that a lock file has, and nothing else: --no-deps.
+INSTALL = $(UV) pip install --python $(RUN) --no-deps --require-hashes -r
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	--no-emit-index-url pyproject.toml
+# The workers share the cores out; one that has nothing left to do takes tests of another.
+TESTS = $(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
 # Where the full MNIST is or goes, for demo, results and bench.
 DATA ?= data
 
-.PHONY: help setup train demo test check results bench soak lock
+.PHONY: help base setup train demo test test-all check results bench soak lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-setup:  ## make .venv, install everything at the versions and checksums of requirements.lock, compile the C
+base:  ## make .venv with what training needs, at the versions and checksums of requirements.lock; compile the C
 	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -c 'import ensurepip; $(FITS)' 2>/dev/null || { \
 		echo "Python 3.11, 3.12 or 3.13 with its venv module is needed, and this is none: '$(PYTHON)'. Install one"; \
-		echo "(on Debian: apt install python3 python3-venv) or name it: make setup PYTHON=/path/to/python3"; exit 1; }
+		echo "(on Debian: apt install python3 python3-venv) or name it: make base PYTHON=/path/to/python3"; exit 1; }
 	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@$(RUN) -c '$(FITS)' || \
 		{ echo "$(VENV) was made with a Python that the packages do not run on: delete it and try again"; exit 1; }
 	@$(RUN) -c 'import pip' 2>/dev/null || $(RUN) -m ensurepip
 	@test -x $(VENV)/bin/uv || { sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt && \
 		$(RUN) -m pip install --quiet --require-hashes -r $(VENV)/uv.txt; }
-	@$(UV) pip install --python $(RUN) --require-hashes -r requirements.lock
+	@$(INSTALL) requirements.lock
 	@$(RUN) -W ignore -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 
-train: setup  ## run the tutorial to its end
+setup: base  ## add everything else: the other verbs, launchers, tests (requirements-dev.lock)
+	@$(INSTALL) requirements-dev.lock
+
+train: base  ## run the tutorial to its end
 	$(RUN) -m mnist_lit.train $(ARGS)
 
 demo: setup  ## draw a digit: serve the newest trained model, or train a small one first
@@ -42,8 +51,11 @@ demo: setup  ## draw a digit: serve the newest trained model, or train a small o
 		$(RUN) -m mnist_lit.train optimizer=adam trainer.max_steps=1000 trainer.max_epochs=-1 data.dir=$(DATA)
 	$(RUN) -m mnist_lit.serve open_browser=true $(ARGS)
 
-test: setup  ## run the tests; MNIST_LIT_DATA=FOLDER lets them use the full MNIST
-	$(RUN) -m pytest $(ARGS)
+test: setup  ## run the tests that need no more than the package; MNIST_LIT_DATA=FOLDER lets them use the full MNIST
+	$(TESTS) -m "not slow and not browser and not services" $(ARGS)
+
+test-all: setup  ## run all tests, with Chromium, PostgreSQL and Ray where they are
+	$(TESTS) $(ARGS)
 
 check: setup  ## lint, formatting, types
 	$(RUN) -m ruff check
@@ -58,13 +70,13 @@ results: setup  ## train five seeds on the full MNIST (DATA=FOLDER) and write do
 # In an environment of its own, because the peers are many and large, and not locked.
 bench: setup  ## time this project against its peers (DATA=FOLDER) and write docs/speed.md
 	@test -x $(VENV)-bench/bin/python || $(RUN) -m venv --without-pip $(VENV)-bench
-	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python -r pyproject.toml --extra bench
+	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python -r pyproject.toml --group bench
 	$(VENV)-bench/bin/python benchmarks/bench.py $(DATA) $(ARGS)
 
 soak: setup  ## kill runs and a sweep at random moments and go on with them: the same results every time?
 	$(RUN) -W ignore tests/soak.py $(ARGS)
 	$(RUN) tests/soak_sweep.py
 
-lock: setup  ## renew requirements.lock from pyproject.toml
-	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes \
-		--no-header --no-annotate --no-emit-index-url --upgrade pyproject.toml -o requirements.lock
+lock: setup  ## renew both lock files from pyproject.toml
+	$(COMPILE) --upgrade --all-extras --group dev -o requirements-dev.lock
+	$(COMPILE) --extra sample --group build -c requirements-dev.lock -o requirements.lock

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -33,7 +34,7 @@ class WholeFiles(TorchCheckpointIO):
             CannotWriteError: What was there before is untouched.
         """
         content = io.BytesIO()
-        torch.save(checkpoint, content)
+        torch.save(move_data_to_device(checkpoint, "cpu"), content)  # so that it loads wherever it is taken
         path = Path(path)
         path.parent.mkdir(exist_ok=True)
         with appears_whole(path, content.getbuffer().nbytes) as temporary:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,10 @@ class ConfigFiles:
 
     def defaults(self, choices: Mapping[str, str | None]) -> dict[str, Any]:
         """The values of the chosen groups without any other change: what keys there are, and of which types."""
-        groups = {group: option for group, option in choices.items() if "hydra" not in group and group != "experiment"}
-        config = self.compose(f"{group}={option}" for group, option in groups.items() if option)
-        return own_values(config)
+        groups = (
+            (group, option) for group, option in choices.items() if "hydra" not in group and group != "experiment"
+        )
+        return _values(self, tuple(f"{group}={option}" for group, option in groups if option))
 
     @contextmanager
     def errors_as_refusals(self, overrides: Iterable[str]) -> Iterator[None]:
@@ -176,6 +178,11 @@ class ConfigFiles:
         except HydraException:  # a choice that does not exist, or several in a sweep
             known = self.defaults({})
         return [*flat(known), *groups]
+
+
+@cache
+def _values(files: ConfigFiles, overrides: tuple[str, ...]) -> dict[str, Any]:
+    return own_values(files.compose(overrides))
 
 
 def _own(config: Any) -> Any:

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal
+from mnist_lit import Refusal, require_packages
 from mnist_lit.files import appears_whole, require_free
-from mnist_lit.launch import launch
+from mnist_lit.launch import launch, loading
 
 # How far the two models' probabilities may lie apart on random images before a conversion counts as wrong.
 TOLERANCE = 1e-5
@@ -41,10 +41,9 @@ def convert(source: str, target: str, data_format: str = "channels_last", overwr
         raise Refusal(f"source={source}: there is no such file")
     require_free("target", target_path, overwrite)
     os.environ.setdefault("KERAS_BACKEND", "torch")
-    try:
+    require_packages("convert", "keras")
+    with loading("Keras"):
         import keras  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise Refusal("convert needs Keras: pip install keras") from error
     with appears_whole(target_path) as temporary:
         if endings[0] == ".keras":
             save_checkpoint(from_keras(load_keras(source_path)), temporary)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import runs
-from mnist_lit.launch import launch
+from mnist_lit.launch import launch, loading
 
 log = logging.getLogger("mnist_lit.evaluate")
 
@@ -26,15 +26,17 @@ def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer
         Refusal: The checkpoint, a value, the data or this machine do not allow the test, or it would mean nothing.
     """
     folder = Path(folder)
-    from mnist_lit.trained import find
+    with loading("PyTorch"):
+        from mnist_lit.trained import find
 
     path = find(ckpt)  # before the imports that take ten seconds
-    from mnist_lit import memory
-    from mnist_lit.data import MNISTDataModule
-    from mnist_lit.model import load_classifier
-    from mnist_lit.report import write_report
-    from mnist_lit.scores import TestAnswers, scores
-    from mnist_lit.trainer import build_trainer, check_limit, device_name
+    with loading("torchvision and Lightning"):
+        from mnist_lit import memory
+        from mnist_lit.data import MNISTDataModule
+        from mnist_lit.model import load_classifier
+        from mnist_lit.report import write_report
+        from mnist_lit.scores import TestAnswers, scores
+        from mnist_lit.trainer import build_trainer, check_limit, device_name
 
     classifier = load_classifier(path)
     datamodule, answers = MNISTDataModule(**data), TestAnswers()

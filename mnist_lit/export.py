@@ -1,6 +1,5 @@
 """``python -m mnist_lit.export``: a trained model for other programs, as ONNX, torch.export or safetensors."""
 
-import importlib.util
 import json
 import logging
 import sys
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist_lit import Refusal, __version__
+from mnist_lit import Refusal, __version__, require_packages
 from mnist_lit.files import appears_whole, require_free
-from mnist_lit.launch import launch
+from mnist_lit.launch import launch, loading
 
 if TYPE_CHECKING:
     from mnist_lit.trained import TrainedModel
@@ -47,15 +46,15 @@ def export(
         raise Refusal(f"output={output}: must end in {', '.join(WRITERS)}")
     require_free("output", path, overwrite)
     write, packages = WRITERS[path.suffix]
-    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-        raise Refusal(f"output={output} needs packages that are not installed: pip install {' '.join(missing)}")
+    require_packages(f"output={output}", *packages)
+    with loading("PyTorch"):
+        import torch
 
-    import torch
-
-    from mnist_lit.trained import load, why_not_to_test
+        from mnist_lit.trained import load, why_not_to_test
 
     model = load(ckpt)
-    from mnist_lit.data import MNISTDataModule, scale
+    with loading("torchvision and Lightning"):
+        from mnist_lit.data import MNISTDataModule, scale
 
     datamodule = MNISTDataModule(**(data or {}))
     datamodule.prepare_data()

@@ -11,14 +11,14 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mnist_lit import Refusal, Stopped, ranks, runs
 from mnist_lit.configuration import CONF, ConfigFiles, check, flat, quoted
-from mnist_lit.job import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,6 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False, sweeps
         print(help_text(verb, flags.overrides))
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come to us as they are, not as Hydra's printed text
-    if ranks.is_first():
-        end_with_parent()
     files = ConfigFiles(flags.config_name or verb, flags.config_dir)
     job = _Job(verb, files, work, run_folder)
     hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
@@ -114,6 +112,19 @@ def help_text(verb: str, overrides: list[str]) -> str:
             body = path.read_text(encoding="utf-8").rstrip()
             parts.append(body if group == "experiment" else f"{group}:\n  " + body.replace("\n", "\n  "))
     return "\n\n".join(parts)
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """In this block, which imports, say after a second what is being loaded."""
+    timer = threading.Timer(1.0, print, [f"loading {what} ..."], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if ranks.is_first():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _only_shows(flags: Any) -> bool:

@@ -57,6 +57,11 @@ class MNISTClassifier(L.LightningModule):
         optimizer_built: torch.optim.Optimizer = built(cls, "optimizer", arguments, self.parameters())
         return optimizer_built
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.strategy.root_device.type not in ("cpu", "cuda"):
+            # Channels-last convolutions on MPS have wrong gradients before macOS 15, and were slow until torch 2.14.
+            self.network.to(memory_format=torch.contiguous_format)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self._step("train", batch)[0]
 
@@ -81,25 +86,35 @@ class MNISTClassifier(L.LightningModule):
 
     def epoch(self, stage: str) -> dict[str, float]:
         """Mean loss and accuracy of the epoch that ends, over all processes."""
-        loss, acc = self._metrics(stage)
-        return {f"{stage}/loss": float(loss.compute()), f"{stage}/acc": float(acc.compute())}
+        return {f"{stage}/{name}": float(metric.compute()) for name, metric in self._metrics(stage).items()}
 
-    def metric_states(self, stage: str) -> dict[str, dict[str, Tensor]]:
-        """What the metrics have gathered in this epoch so far, over all processes: part of what a run goes on from."""
-        states = {}
-        for name, metric in zip(("loss", "acc"), self._metrics(stage), strict=True):
-            with metric.sync_context():
-                states[name] = {key: value.clone() for key, value in metric.metric_state.items()}
-        return states
+    def metric_states(self, stage: str) -> list[dict[str, dict[str, Tensor]]]:
+        """What the metrics of each process have gathered in this epoch so far: part of what a run goes on from.
+
+        Not their sum: one that is split elsewhere is rounded elsewhere, and then differs in its last bit.
+        """
+        own = {
+            name: {key: value.clone() for key, value in metric.metric_state.items()}
+            for name, metric in self._metrics(stage).items()
+        }
+        if self.trainer.world_size == 1:
+            return [own]
+        every: Any = self.all_gather(own)  # each value's first dimension is the process
+        return [
+            {name: {key: value[rank].clone() for key, value in states.items()} for name, states in every.items()}
+            for rank in range(self.trainer.world_size)
+        ]
 
     def load_metric_states(self, stage: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for name, metric in zip(("loss", "acc"), self._metrics(stage), strict=True):
+        """Put what ``metric_states`` gave for this process into its metrics."""
+        for name, metric in self._metrics(stage).items():
             for key, value in states[name].items():
                 setattr(metric, key, value.to(metric.device))
 
     def running(self, stage: str) -> dict[str, float]:
         """Mean loss and accuracy of this process's part of the epoch so far: what a progress bar shows."""
-        loss, acc = self._metrics(stage)
+        metrics = self._metrics(stage)
+        loss, acc = metrics["loss"], metrics["acc"]
         # Not compute(): with several processes it waits for the others, and a bar is drawn by one of them only.
         return {"loss": float(loss.mean_value / loss.weight), "acc": float(acc.tp / (acc.tp + acc.fn))}
 
@@ -127,21 +142,22 @@ class MNISTClassifier(L.LightningModule):
         images, labels = batch
         logits = self.network(images)
         loss = nn.functional.cross_entropy(logits, labels)
-        loss_metric, acc_metric = self._metrics(stage)
+        metrics = self._metrics(stage)
         if not len(labels):  # of the last images there can be fewer than processes
             return loss, logits
-        loss_metric.update(loss.detach().expand(len(labels)))  # the mean over images, however large the last batch is
-        acc_metric.update(logits.detach(), labels)
+        metrics["loss"].update(
+            loss.detach().expand(len(labels))
+        )  # the mean over images, however large the last batch is
+        metrics["acc"].update(logits.detach(), labels)
         return loss, logits
 
     def _log(self, stage: str) -> None:
         """Once an epoch: Lightning's bookkeeping of a logged value costs more than a millisecond at each step."""
-        loss, acc = self._metrics(stage)
-        self.log_dict({f"{stage}/loss": loss, f"{stage}/acc": acc})
+        self.log_dict({f"{stage}/{name}": metric for name, metric in self._metrics(stage).items()})
 
-    def _metrics(self, stage: str) -> tuple[Any, Any]:
-        group: Any = self.metrics[f"{stage}_metrics"]
-        return group["loss"], group["acc"]
+    def _metrics(self, stage: str) -> Any:
+        """The stage's metrics by their names, ``loss`` and ``acc``."""
+        return self.metrics[f"{stage}_metrics"]
 
 
 def load_classifier(path: Path) -> MNISTClassifier:

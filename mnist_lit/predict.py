@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mnist_lit import Refusal
+from mnist_lit import Refusal, require_packages
 from mnist_lit.contact_sheet import MOST, contact_sheet_of
 from mnist_lit.files import require_free, write_whole
-from mnist_lit.images import ENDINGS, PictureError, prepare
-from mnist_lit.launch import launch
+from mnist_lit.launch import launch, loading
 
 BATCH = 128  # pictures that are read, and then predicted, at a time
 MANY = 512  # from so many pictures on, other processes read them
@@ -51,6 +50,7 @@ def predict(
     Raises:
         Refusal: No picture is found at all, or a value, a file that is in the way or the checkpoint does not allow it.
     """
+    require_packages("predict", "scipy")
     for key, path, endings in (("output", output, (".csv", ".json")), ("contact_sheet", contact_sheet, (".png",))):
         if path is not None:
             if Path(path).suffix.lower() not in endings:
@@ -64,9 +64,10 @@ def predict(
     paths = [path for path, error in found if not error]
     missing = [_row(path, None, error) for path, error in found if error]
     with _reading(paths, preprocess) as batches, tqdm(total=len(paths), unit=" pictures", disable=None) as bar:
-        import torch  # here, so that the other processes read meanwhile
+        with loading("PyTorch"):  # here, so that the other processes read meanwhile
+            import torch
 
-        from mnist_lit.trained import load
+            from mnist_lit.trained import load
 
         model = load(ckpt)
         for batch in batches:
@@ -92,17 +93,24 @@ def find_pictures(wanted: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
     Args:
         wanted: Files; folders, of which all pictures are taken, also from those below; patterns such as ``a/*.png``.
     """
+    from mnist_lit.images import ENDINGS
+
     seen = set()
     for each in map(str, wanted):
         each = os.path.expanduser(each)
         if Path(each).is_dir():
-            files, error = _in_folder(Path(each)), f"there are no pictures in this folder ({', '.join(ENDINGS)})"
+            files, error = (
+                _in_folder(Path(each), ENDINGS),
+                f"there are no pictures in this folder ({', '.join(ENDINGS)})",
+            )
         elif Path(each).exists() or not glob.has_magic(each):
             files, error = [each], ""
         else:
             matches = sorted(glob.glob(each, recursive=True))
             files = [
-                file for match in matches for file in (_in_folder(Path(match)) if Path(match).is_dir() else [match])
+                file
+                for match in matches
+                for file in (_in_folder(Path(match), ENDINGS) if Path(match).is_dir() else [match])
             ]
             error = "no file is of this pattern"
         if not files:
@@ -113,8 +121,8 @@ def find_pictures(wanted: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
                 yield file, "" if Path(file).exists() else "there is no such file"
 
 
-def _in_folder(folder: Path) -> list[str]:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
+def _in_folder(folder: Path, endings: tuple[str, ...]) -> list[str]:
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in endings and not path.name.startswith("."))
     return sorted(str(path) for path in files if path.is_file())
 
 
@@ -146,6 +154,8 @@ def _begin_reading() -> None:
 
 
 def _read(paths: list[str], preprocess: str) -> list[Read]:
+    from mnist_lit.images import PictureError, prepare
+
     read: list[Read] = []
     for path in paths:
         try:

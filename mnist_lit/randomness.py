@@ -25,5 +25,7 @@ class SeedEachBatch(L.Callback):
         number = number_from("batch", self.seed, trainer.current_epoch, idx, trainer.global_rank)
         # Not torch.manual_seed(), which also notes the call for devices that are not in use, in a millisecond.
         torch.default_generator.manual_seed(number)
-        if pl_module.device.type != "cpu":
-            torch.get_device_module(pl_module.device).manual_seed(number)
+        if pl_module.device.type != "cpu":  # torch.cuda, torch.mps ...
+            seed_device = getattr(getattr(torch, pl_module.device.type, None), "manual_seed", None)
+            if seed_device:  # else it draws from the CPU's
+                seed_device(number)

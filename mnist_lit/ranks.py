@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 from mnist_lit import Refusal
-from mnist_lit.job import PARENT
 
+PARENT = "MNIST_LIT_PARENT"  # the environment's variable with the number of the run's first process
 FOLDER_KEYS = ("resume", "hydra.run.dir")  # what the first process decides for all
 # The run's folder, its .hydra and its log are the first process's; the others only say what is wrong.
 QUIET = ("hydra/job_logging=further_process", "hydra.output_subdir=null")
@@ -77,10 +78,7 @@ def prepared_by_first(overrides: list[str], prepare: Callable[[list[str]], tuple
         Refusal: ``prepare`` does.
         SystemExit: It did in the first process, which says so.
     """
-    import torch.distributed
-
-    # The agent's store, or where it offers none one in the first process that init_process_group shares later.
-    store, *_ = next(torch.distributed.rendezvous("env://", timeout=LONGEST_PREPARATION))
+    store = _store()
     name = f"mnist_lit/folder/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     if is_first():
         published: list[str] | None = None
@@ -94,6 +92,14 @@ def prepared_by_first(overrides: list[str], prepare: Callable[[list[str]], tuple
     if published is None:
         sys.exit(1)
     return prepare([*(override for override in overrides if key(override) not in FOLDER_KEYS), *published])
+
+
+@cache  # where it is the first process's, it closes with the last reference, and the others may not have read it yet
+def _store() -> Any:
+    """The store of torchrun's agent, or where it offers none one in the first process, as init_process_group has it."""
+    import torch.distributed
+
+    return next(torch.distributed.rendezvous("env://", timeout=LONGEST_PREPARATION))[0]
 
 
 def tell_children() -> None:

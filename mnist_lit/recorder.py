@@ -115,10 +115,11 @@ class RunRecorder(L.Callback):
         recorded = checkpoint["recorded"]
         self.history, self.validations = recorded["history"], recorded["validations"]
         self._seconds, self._fit_seconds = recorded["seconds"], recorded["fit_seconds"]
-        if (
-            recorded["metrics"] and trainer.is_global_zero
-        ):  # what is there is of all processes, so the others begin with nothing
-            pl_module.load_metric_states("train", recorded["metrics"])
+        metrics = recorded["metrics"]
+        if isinstance(metrics, dict):  # older checkpoints have the sum over all processes
+            metrics = [metrics, *[None] * (trainer.world_size - 1)]
+        if metrics and (own := metrics[trainer.global_rank]):
+            pl_module.load_metric_states("train", own)
 
 
 def _logged(trainer: L.Trainer, stage: str) -> dict[str, float]:
@@ -126,6 +127,7 @@ def _logged(trainer: L.Trainer, stage: str) -> dict[str, float]:
 
 
 def _now(trainer: L.Trainer) -> float:
-    if trainer.strategy.root_device.type == "cuda":
-        torch.cuda.synchronize()
+    device, here = trainer.strategy.root_device, torch.accelerator.current_accelerator()
+    if here and here.type == device.type:  # it may still be at work on what it was given
+        torch.accelerator.synchronize(device)
     return time.perf_counter()

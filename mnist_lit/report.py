@@ -31,7 +31,10 @@ def learning_curve(history: list[dict[str, Any]], results: dict[str, Any], path:
         results: The content of ``metrics.json``.
         path: The picture's file; its ending decides the format.
     """
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 3.8))
+    figure.subplots_adjust(
+        left=0.07, right=0.99, top=0.86, bottom=0.13, wspace=0.16
+    )  # a layout engine takes as long again
     for axes, key in zip(figure.subplots(1, 2), CURVES, strict=True):
         _draw_curve(axes, key, history, results)
         axes.set_title(CURVES[key])
@@ -105,7 +108,8 @@ def _curve_svg(key: str, history: list[dict[str, Any]], results: dict[str, Any])
     colors = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     style: Any = {**dict.fromkeys(colors, TEXT_COLOR), "svg.fonttype": "none", "legend.framealpha": 0.0}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5, 3.6), layout="constrained")
+        figure = Figure(figsize=(5, 3.6))
+        figure.subplots_adjust(left=0.13, right=0.98, top=0.97, bottom=0.14)
         _draw_curve(figure.subplots(), key, history, results)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)

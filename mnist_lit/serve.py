@@ -1,13 +1,12 @@
 """``python -m mnist_lit.serve``: a page to draw digits on, and a server that says what they are."""
 
-import importlib.util
 import socket
 import sys
 import webbrowser
 from pathlib import Path
 
-from mnist_lit import Refusal
-from mnist_lit.launch import launch
+from mnist_lit import Refusal, require_packages
+from mnist_lit.launch import launch, loading
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MOST_CONNECTIONS = 500  # open at a time; a process may have some 1,000 open files
@@ -23,14 +22,14 @@ def serve(
     Raises:
         Refusal: The port is in use, a package is missing, or the checkpoint does not allow it.
     """
-    if missing := [package for package in ("starlette", "uvicorn") if importlib.util.find_spec(package) is None]:
-        raise Refusal(f"serve needs packages that are not installed: pip install {' '.join(missing)}")
+    require_packages("serve", "starlette", "uvicorn", "scipy")
     with _listening(port, allow_remote) as listener:
-        import torch
-        import uvicorn
+        with loading("PyTorch"):
+            import torch
+            import uvicorn
 
-        from mnist_lit.trained import load
-        from mnist_lit.web import application
+            from mnist_lit.trained import load
+            from mnist_lit.web import application
 
         torch.set_num_threads(1)  # as many pictures at a time as there are cores, each on one
         model = load(ckpt)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import runs
-from mnist_lit.launch import launch
+from mnist_lit.launch import launch, loading
 
 log = logging.getLogger("mnist_lit.train")
 
@@ -42,18 +42,19 @@ def train(
         log.info("%s is finished:\n\n%s", runs.shown(folder), _table(finished, folder))
         return finished
     # Here and not at the top: they take ten seconds, which --help and a mistyped key need not wait for.
-    import lightning as L
-    from tqdm.contrib.logging import logging_redirect_tqdm
+    with loading("PyTorch and Lightning"):
+        import lightning as L
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from mnist_lit import memory
-    from mnist_lit.checkpoints import Checkpoints, StopOnNaN
-    from mnist_lit.data import MNISTDataModule
-    from mnist_lit.model import MNISTClassifier
-    from mnist_lit.randomness import SeedEachBatch
-    from mnist_lit.recorder import RunRecorder
-    from mnist_lit.report import learning_curve, write_report
-    from mnist_lit.scores import TestAnswers, scores
-    from mnist_lit.trainer import build_trainer, check_batches, device_name
+        from mnist_lit import memory
+        from mnist_lit.checkpoints import Checkpoints, StopOnNaN
+        from mnist_lit.data import MNISTDataModule
+        from mnist_lit.model import MNISTClassifier
+        from mnist_lit.randomness import SeedEachBatch
+        from mnist_lit.recorder import RunRecorder
+        from mnist_lit.report import learning_curve, write_report
+        from mnist_lit.scores import TestAnswers, scores
+        from mnist_lit.trainer import build_trainer, check_batches, device_name
 
     config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "trainer": trainer}
     config |= {"checkpoint": checkpoint or {}, "logger": logger}

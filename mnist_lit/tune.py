@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, Stopped
+from mnist_lit import Refusal, Stopped, require_packages
 from mnist_lit.configuration import ConfigFiles, as_overrides, flat, own_values
 from mnist_lit.launch import launch
 from mnist_lit.search import Search
@@ -48,6 +48,7 @@ def tune(
             reach; or the first trials all failed, or none came to its end.
         Stopped: Ctrl-C or SIGTERM came; the trials under way will be run again.
     """
+    require_packages("tune", "optuna")
     folder, files = Path(folder), ConfigFiles("train", config_dir)
     draws = knobs(space, overrides, files)
     opened = open_study(storage, study, make_pruner(pruner))

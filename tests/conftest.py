@@ -2,18 +2,42 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
+from helpers import differences, shortened, small
 
+from mnist_lit import job
 from mnist_lit.configuration import settings
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores out
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
-ROOT = Path(__file__).parents[1]
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any("command" in getattr(item, "fixturenames", ()) for item in session.items):
+        job.warm_up()  # it imports while the first tests run
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """A failing ``==`` of something large says in a few lines what differs, instead of printing all of it."""
+    if op != "==" or len(repr(left)) + len(repr(right)) < 2000:
+        return None
+    return [f"two values of {type(left).__name__} and {type(right).__name__}:", *shortened(differences(left, right))]
 
 
 @pytest.fixture(scope="session")
@@ -33,51 +57,108 @@ def sample() -> Any:
     return data
 
 
-def small(*overrides: str) -> dict[str, Any]:
-    """The settings of a run over the sample that takes a few seconds: two epochs of three batches."""
-    return settings(
-        "train",
-        "data.source=sample",
-        "data.batch_size=100",
-        "trainer.max_epochs=2",
-        "trainer.limit_train_batches=3",
-        "trainer.limit_test_batches=2",
-        "trainer.accelerator=cpu",
-        *overrides,
-    )
+class Started(job.Command):
+    """A command under way, whose output goes to files."""
+
+    def __init__(self, module: str, arguments: Sequence[str], cwd: Path, environment: dict[str, str]) -> None:
+        self.arguments = arguments
+        self.out, self.errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        everything = {**os.environ, **environment}
+        outputs = self.out.fileno(), self.errors.fileno()
+        super().__init__("warm", [module, *arguments], cwd, everything, *outputs)
+
+    def ended(self, timeout: float = 120) -> "subprocess.CompletedProcess[str]":
+        """What it has ended with; it has to, within ``timeout`` seconds."""
+        try:
+            code = self.wait(timeout)
+        except TimeoutError:
+            self.send_signal(signal.SIGKILL)
+            raise AssertionError(f"it did not end:\n{self._read(self.out)}{self._read(self.errors)}") from None
+        return subprocess.CompletedProcess(self.arguments, code, self._read(self.out), self._read(self.errors))
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self._read(self.out)
+
+    def _read(self, file: IO[bytes]) -> str:
+        file.seek(0)
+        return file.read().decode()
+
+
+class Command:
+    """``command("seed=1", cwd=folder, verb="train")`` is ``python -m mnist_lit.train seed=1`` in that folder.
+
+    Each is a fresh process, forked from one that has imported everything; ``environment`` is added to this one's.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[Started] = []
+
+    def start(
+        self,
+        *arguments: str,
+        cwd: Path,
+        verb: str = "train",
+        module: str | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> Started:
+        self.started.append(Started(module or f"mnist_lit.{verb}", arguments, cwd, environment or {}))
+        return self.started[-1]
+
+    def __call__(
+        self, *arguments: str, cwd: Path, verb: str = "train", environment: dict[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        return self.start(*arguments, cwd=cwd, verb=verb, environment=environment).ended()
+
+
+@pytest.fixture
+def command() -> Iterator[Command]:
+    command = Command()
+    yield command
+    for process in command.started:
+        process.send_signal(signal.SIGKILL)  # if the test has failed before it ended
+
+
+Made = Callable[[str, dict[str, Any]], Path]
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """``made("name", settings)`` is the folder of a run that one of the test's processes has trained for all."""
+
+    def train_once(name: str, settings: dict[str, Any]) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if workers else base) / "made" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                from mnist_lit.train import train
+
+                train(folder, **settings)
+        return folder
+
+    return train_once
+
+
+@pytest.fixture(scope="session")
+def finished_run(made: Made) -> Path:
     """The folder of a small run without a validation split."""
-    from mnist_lit.train import train
-
-    folder = tmp_path_factory.mktemp("outputs") / "run"
-    train(folder, **small())
-    return folder
+    return made("run", small())
 
 
 @pytest.fixture(scope="session")
-def validated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def validated_run(made: Made) -> Path:
     """The folder of a small run with a validation split, whose learning rate is so wild that the last epoch is not the
     best."""
-    from mnist_lit.train import train
-
-    folder = tmp_path_factory.mktemp("outputs") / "validated"
-    train(folder, **small("data.val_size=200", "optimizer=sgd", "optimizer.lr=50", "trainer.max_epochs=3"))
-    return folder
+    return made("validated", small("data.val_size=200", "optimizer=sgd", "optimizer.lr=50", "trainer.max_epochs=3"))
 
 
 @pytest.fixture(scope="session")
-def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose model knows digits: two epochs of the full MNIST, or a dozen of the sample."""
-    from mnist_lit.train import train
-
-    folder = tmp_path_factory.mktemp("outputs") / "good"
+def good_run(made: Made) -> Path:
+    """The folder of a run whose model knows digits: one epoch of the full MNIST, or four of the sample."""
     full = os.environ.get("MNIST_LIT_DATA")
-    data = [f"data.dir={full}", "trainer.max_epochs=2"] if full else ["data.source=sample", "trainer.max_epochs=12"]
-    train(folder, **settings("train", "optimizer=adam", "data.batch_size=200", "trainer.accelerator=cpu", *data))
-    return folder
+    data = [f"data.dir={full}", "trainer.max_epochs=1"] if full else ["data.source=sample", "trainer.max_epochs=4"]
+    return made("good", settings("train", "optimizer=adam", "data.batch_size=50", "trainer.accelerator=cpu", *data))
 
 
 @pytest.fixture(scope="session")

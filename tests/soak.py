@@ -20,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from helpers import differences, shortened, unmeasured
+
 PHASES = (
     "before the first step",
     "in a step",
@@ -34,8 +36,6 @@ RUN = [
     *("trainer.max_epochs=2", "trainer.limit_train_batches=6", "trainer.limit_test_batches=2"),
     *("trainer.accelerator=cpu", "trainer.enable_model_summary=false"),
 ]
-# What a clock or the system decides, and not the run.
-MEASURED = ("epoch_seconds", "fit_seconds", "seconds", "peak_memory_bytes")
 
 shared = mmap.mmap(-1, 8)  # the phase, and how often each has begun
 
@@ -103,17 +103,6 @@ def kill_somewhere(folder: Path, phase: int, draw: random.Random) -> int | None:
     return shared[0] if wait(process) == -signal.SIGKILL else None
 
 
-def comparable(value: Any) -> Any:
-    """``value`` without what was measured, and with the bytes of tensors in their place."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: comparable(each) for key, each in value.items() if key not in MEASURED}
-    return [comparable(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
 def outcome(folder: Path) -> Any:
     """All that a run ends with, but for what was measured."""
     import torch
@@ -123,7 +112,7 @@ def outcome(folder: Path) -> Any:
     table = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
     column = table[0].index("epoch_seconds")
     rows = [row[:column] + row[column + 1 :] for row in table]
-    return comparable([files, rows, json.loads((folder / "metrics.json").read_text())])
+    return unmeasured([files, rows, json.loads((folder / "metrics.json").read_text())])
 
 
 def main(kills: int = 100, seed: int = 0) -> None:
@@ -146,8 +135,8 @@ def main(kills: int = 100, seed: int = 0) -> None:
         hits[phase] += 1
         if wait(fork(f"resume={folder}")):
             print(f"{folder}, killed {PHASES[phase]}: does not go on; see {Path.cwd()}/soak.log")
-        elif outcome(folder) != expected:
-            print(f"{folder}, killed {PHASES[phase]}: other bits; see {Path.cwd()}")
+        elif other := shortened(differences(outcome(folder), expected)):
+            print(f"{folder}, killed {PHASES[phase]}: other bits; see {Path.cwd()}", *other, sep="\n  ")
         elif leftover := list(folder.rglob(".part-*")):
             print(f"{folder}, killed {PHASES[phase]}: {leftover} is left")
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small
+from helpers import ROOT, assert_same, small
 
 from mnist_lit import Refusal, runs
 from mnist_lit.checkpoint_file import read_checkpoint, trouble
@@ -34,6 +34,7 @@ def test_02_what_a_kill_left_half_written_is_cleaned_up(run: Path) -> None:
     assert not list(run.rglob(f"{TEMPORARY}*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk takes root")
 def test_05_a_full_disk_says_what_is_needed_and_keeps_the_checkpoint_before(run: Path, tmp_path: Path) -> None:
     # Half again as much as a checkpoint: one fits, two do not. In a mount namespace of its own, which ends with it.
@@ -102,7 +103,7 @@ def test_07_one_flipped_bit_is_found_wherever_it_changes_anything(run: Path) -> 
             found += 1
         else:  # the filling between two tensors
             state = read_checkpoint(last)["state_dict"]
-            assert all(torch.equal(state[key], expected[key]) for key in expected)
+            assert_same({key: state[key] for key in expected}, expected)
     assert found >= 39
     with zipfile.ZipFile(run / runs.PREVIOUS) as archive:  # PyTorch reads without a word what has other bits
         record = max(archive.infolist(), key=lambda each: each.file_size)

@@ -8,26 +8,18 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-
-QUICK = ["data.source=sample", "trainer.accelerator=cpu", "trainer.fast_dev_run=2"]
-
-
-def command(*arguments: str, cwd: Path, module: str = "mnist_lit.train") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from conftest import Command
+from helpers import QUICK, ROOT
+from PIL import Image
 
 
-def test_fast_dev_run_ends_with_the_tutorials_two_lines_in_a_folder_of_any_name(tmp_path: Path) -> None:
+def test_fast_dev_run_ends_with_the_tutorials_two_lines_in_a_folder_of_any_name(
+    tmp_path: Path, command: Command
+) -> None:
     done = command(*QUICK, "hydra.run.dir=Läufe, seed=1 (neu)/a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"loss= \d+\.\d+\naccuracy= [01]\.\d+", "\n".join(done.stdout.splitlines()[-2:]))
@@ -50,14 +42,14 @@ def test_fast_dev_run_ends_with_the_tutorials_two_lines_in_a_folder_of_any_name(
     )
 
 
-def test_full_data_from_the_command_line(full_data_dir: str, tmp_path: Path) -> None:
+def test_full_data_from_the_command_line(full_data_dir: str, tmp_path: Path, command: Command) -> None:
     done = command(f"data.dir={full_data_dir}", "trainer.fast_dev_run=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs").iterdir()
     assert json.loads((folder / "metrics.json").read_text())["data"]["name"] == "mnist"
 
 
-def test_a_run_that_is_refused_late_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_run_that_is_refused_late_leaves_no_folder(tmp_path: Path, command: Command) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     for arguments, sentence in (
@@ -78,6 +70,7 @@ def test_27_two_runs_of_the_same_second_get_two_folders(tmp_path: Path) -> None:
     assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar_with_loss_and_accuracy(tmp_path: Path) -> None:
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 100))
@@ -104,7 +97,7 @@ def test_a_terminal_gets_a_bar_with_loss_and_accuracy(tmp_path: Path) -> None:
     assert len(re.findall(r"^epoch 1/1  train/loss", text.replace("\r", "\n"), re.MULTILINE)) == 1
 
 
-def test_06_folders_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
+def test_06_folders_that_cannot_be_made_are_refused(tmp_path: Path, command: Command) -> None:
     (tmp_path / "file").write_text("in the way")
     for arguments in (["hydra.run.dir=file"], ["hydra.run.dir=file/run"], ["-m", "seed=0,1", "hydra.sweep.dir=file"]):
         done = command("data.source=sample", *arguments, cwd=tmp_path)
@@ -113,15 +106,16 @@ def test_06_folders_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
     assert command("hydra.run.dir=", cwd=tmp_path).stderr.startswith("train: hydra.run.dir= is empty")
 
 
-def test_convert_as_a_command(finished_run: Path, tmp_path: Path) -> None:
+def test_convert_as_a_command(finished_run: Path, tmp_path: Path, command: Command) -> None:
     source = finished_run / "checkpoints" / "last.ckpt"
-    done = command(f"source={source}", "target=a model, 1.keras", cwd=tmp_path, module="mnist_lit.convert")
+    done = command(f"source={source}", "target=a model, 1.keras", cwd=tmp_path, verb="convert")
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a model, 1.keras"]
-    refused = command("source=no.keras", "target=model.ckpt", cwd=tmp_path, module="mnist_lit.convert")
+    refused = command("source=no.keras", "target=model.ckpt", cwd=tmp_path, verb="convert")
     assert (refused.returncode, refused.stderr) == (1, "convert: source=no.keras: there is no such file\n")
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_conf_and_its_command_runs_from_any_folder(tmp_path: Path) -> None:
     """Built and installed without the network, into an environment that sees the packages of this one."""
     subprocess.run(
@@ -180,3 +174,31 @@ def _clean_copy(folder: Path) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
+
+
+@pytest.mark.slow
+def test_every_verb_as_a_user_types_it(finished_run: Path, digits: tuple[Any, Any], tmp_path: Path) -> None:
+    """Started from nothing, with the line about what is being loaded; serve is started so in test_serve.py."""
+    Image.fromarray(digits[0][0]).save(tmp_path / "digit.png")
+    sample, ckpt = ["data.source=sample", "trainer.accelerator=cpu"], f"ckpt={finished_run}"
+    few = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "~space.data"]
+    for verb, arguments, result in (
+        ("train", [*QUICK, "hydra.run.dir=run"], "run/metrics.json"),
+        ("evaluate", [*sample, ckpt, "hydra.run.dir=test"], "test/report.html"),
+        ("predict", ["images=digit.png", ckpt, "output=rows.csv"], "rows.csv"),
+        ("export", ["output=model.safetensors", ckpt, "data.source=sample"], "model.safetensors"),
+        ("convert", [f"source={finished_run}/checkpoints/last.ckpt", "target=model.keras"], "model.keras"),
+        ("tune", [*sample, *few, "n_trials=1", "data.val_size=100"], "outputs/tune/best.yaml"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", f"mnist_lit.{verb}", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert list(tmp_path.glob(f"**/{Path(result).name}")), (verb, done.stdout)
+        if verb != "tune":  # its trials do that
+            assert done.stderr.startswith("loading "), done.stderr

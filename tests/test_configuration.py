@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from mnist_lit import Refusal
 from mnist_lit.configuration import quoted, settings

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same
 
 from mnist_lit import Refusal
 from mnist_lit.convert import convert, from_keras, keras_tutorial, load_checkpoint, to_keras
@@ -102,7 +103,7 @@ def test_a_keras_file_goes_to_a_checkpoint_and_back_bit_for_bit(data_format: str
     convert(str(tmp_path / "model.ckpt"), str(tmp_path / "back.keras"), data_format=data_format)
     back = keras.saving.load_model(tmp_path / "back.keras")
     for ours, theirs in zip(back.get_weights(), original.get_weights(), strict=True):
-        assert np.array_equal(ours, theirs)
+        assert_same(ours, theirs)
     assert back.layers[4].rate == 0.25
     assert back.input_shape == original.input_shape
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.keras", "model.ckpt", "model.keras"]
@@ -117,7 +118,7 @@ def test_a_runs_checkpoint_goes_to_keras_and_back_bit_for_bit(finished_run: Path
         MNISTClassifier.load_from_checkpoint(tmp_path / "model.ckpt"),
     )
     for name, weights in original.network.state_dict().items():
-        assert torch.equal(weights, back.network.state_dict()[name])
+        assert_same(weights, back.network.state_dict()[name])
     assert back.trained_on == [{"name": "unknown"}]
 
 

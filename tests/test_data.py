@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 from torchvision.transforms.functional import to_pil_image
@@ -16,7 +17,7 @@ from mnist_lit.data import EpochBatches, MNISTDataModule, epoch_order, scale, st
 def test_scaling_is_bit_equal_to_totensor() -> None:
     every_value = torch.arange(256, dtype=torch.uint8).repeat(4)[:784].reshape(28, 28)
     for pixels in (every_value, every_value.flip(0)):
-        assert torch.equal(scale(pixels), ToTensor()(to_pil_image(pixels)))
+        assert_same(scale(pixels), ToTensor()(to_pil_image(pixels)))
 
 
 def test_batches_are_torchvisions_images_and_labels(full_data_dir: str) -> None:
@@ -29,7 +30,8 @@ def test_batches_are_torchvisions_images_and_labels(full_data_dir: str) -> None:
         images, labels = next(iter(loader))
         assert images.shape == (500, 1, 28, 28) and images.dtype == torch.float32
         for index, image, label in zip(indices[:100].tolist(), images, labels, strict=False):
-            assert torch.equal(image, reference[index][0]) and label == reference[index][1]
+            assert_same(image, reference[index][0])
+            assert label == reference[index][1]
 
 
 def test_an_epoch_has_every_image_once_and_the_next_another_order() -> None:
@@ -39,7 +41,7 @@ def test_an_epoch_has_every_image_once_and_the_next_another_order() -> None:
         batches.set_epoch(epoch)
         assert [len(batch) for batch in batches] == [300, 300, 300, 100]
         orders.append(torch.cat(list(batches)))
-        assert torch.equal(orders[-1].sort().values, torch.arange(1000))
+        assert_same(orders[-1].sort().values, torch.arange(1000))
     assert not torch.equal(*orders)
 
 
@@ -47,7 +49,7 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     torch.manual_seed(1)
     first = epoch_order(3, 4, 100)
     torch.manual_seed(2)
-    assert torch.equal(first, epoch_order(3, 4, 100))
+    assert_same(first, epoch_order(3, 4, 100))
     orders = {tuple(epoch_order(seed, epoch, 100).tolist()) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
@@ -57,7 +59,7 @@ def test_processes_share_each_batch_so_that_every_image_counts_once(processes: i
     shares = [list(EpochBatches(10_000, 480, None, rank, processes)) for rank in range(processes)]
     for parts in zip(*shares, strict=True):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert torch.equal(torch.cat([batch for share in shares for batch in share]).sort().values, torch.arange(10_000))
+    assert_same(torch.cat([batch for share in shares for batch in share]).sort().values, torch.arange(10_000))
 
 
 def test_split_is_stratified_fixed_and_from_the_training_images_only() -> None:
@@ -66,7 +68,7 @@ def test_split_is_stratified_fixed_and_from_the_training_images_only() -> None:
         torch.manual_seed(data.seed)
         data.setup()
     one, other = splits
-    assert torch.equal(one.val_images, other.val_images)
+    assert_same(one.val_images, other.val_images)
     assert one.val_labels.bincount().tolist() == [40] * 10
     assert len(one.train_labels) == 3600 and one.facts["val"] == 400
 
@@ -74,7 +76,7 @@ def test_split_is_stratified_fixed_and_from_the_training_images_only() -> None:
     whole.setup()
     together = torch.cat([one.train_images, one.val_images]).flatten(1)
     assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, whole.train_images.flatten(1).numpy()))
-    assert torch.equal(one.test_images, whole.test_images)
+    assert_same(one.test_images, whole.test_images)
 
 
 def test_stratified_choice_keeps_proportions_to_within_one() -> None:
@@ -95,7 +97,7 @@ def test_29_a_split_that_leaves_nothing_to_train_on_is_refused(val_size: int) ->
 def test_loaders_do_not_draw_from_the_global_generator(sample) -> None:
     before = torch.get_rng_state()
     next(iter(sample.train_dataloader()))
-    assert torch.equal(before, torch.get_rng_state())
+    assert_same(before, torch.get_rng_state())
 
 
 def test_test_loader_has_exactly_the_test_images(sample) -> None:

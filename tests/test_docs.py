@@ -4,15 +4,15 @@ import json
 import re
 from pathlib import Path
 
-from conftest import ROOT
-from test_commands import QUICK, command
+from conftest import Command
+from helpers import QUICK, ROOT
 
 
 def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def test_another_network_is_one_class_and_one_yaml_file(tmp_path: Path) -> None:
+def test_another_network_is_one_class_and_one_yaml_file(tmp_path: Path, command: Command) -> None:
     (module,) = blocks("docs/another-network.md", "python")
     (config,) = blocks("docs/another-network.md", "yaml")
     (line,) = blocks("docs/another-network.md", "bash")

@@ -11,9 +11,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import Command
+from helpers import assert_same
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_commands import command
 from torch import nn
 
 from mnist_lit import Refusal, __version__, runs
@@ -100,7 +101,7 @@ def test_safetensors_has_the_networks_weights(exported: Path, expected) -> None:
     network = TutorialCNN().eval()
     network.load_state_dict(load_file(exported / "model.safetensors"))
     with torch.inference_mode():
-        assert torch.equal(network(expected[0]).softmax(1), expected[1])
+        assert_same(network(expected[0]).softmax(1), expected[1])
 
 
 class TwoFaced(nn.Module):
@@ -152,11 +153,11 @@ def test_the_accuracy_of_a_model_of_other_data_is_not_measured_on_the_sample(
 
 
 def test_27_export_as_a_command_and_what_it_refuses(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = [f"ckpt={finished_run}", "data.source=sample"]
-    done = command(*arguments, "output=my model.onnx", cwd=tmp_path, module="mnist_lit.export")
+    done = command(*arguments, "output=my model.onnx", cwd=tmp_path, verb="export")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("my model.onnx: written, and gives the same 1,000 answers")
     assert done.stderr == ""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, assert_same
 from PIL import Image
 from scipy import ndimage
 
@@ -120,15 +120,15 @@ def test_a_picture_in_mnists_form_is_left_as_it_is_in_every_format_and_mode(digi
     digit = digits[0][0]
     grey = Image.fromarray(digit)
     for mode in ("L", "RGB", "RGBA", "LA", "P"):
-        assert np.array_equal(prepare(saved(grey.convert(mode))), digit), mode
+        assert_same(prepare(saved(grey.convert(mode))), digit)
     for format in ("BMP", "TIFF", "PNG"):
-        assert np.array_equal(prepare(saved(grey, format)), digit), format
-    assert np.array_equal(prepare(saved(grey, "WEBP", lossless=True)), digit)
+        assert_same(prepare(saved(grey, format)), digit)
+    assert_same(prepare(saved(grey, "WEBP", lossless=True)), digit)
     assert abs(prepare(saved(grey, "JPEG", quality=95)).astype(int) - digit).max() < 40
-    assert np.array_equal(prepare(saved(digit.astype(np.uint16) * 257)), digit)  # 16 bits
-    assert np.array_equal(prepare(saved(Image.fromarray(digit / np.float32(255)), "TIFF")), digit)  # floating point
+    assert_same(prepare(saved(digit.astype(np.uint16) * 257)), digit)  # 16 bits
+    assert_same(prepare(saved(Image.fromarray(digit / np.float32(255)), "TIFF")), digit)  # floating point
     black_and_white = Image.fromarray(digit > 127)
-    assert np.array_equal(prepare(saved(black_and_white)), (digit > 127) * np.uint8(255))
+    assert_same(prepare(saved(black_and_white)), (digit > 127) * np.uint8(255))
 
 
 def test_what_comes_out_has_mnists_form(digits) -> None:
@@ -148,7 +148,7 @@ def test_a_phones_turned_picture_is_put_upright_and_its_preview_ignored(digits) 
     turned = saved(page.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
     assert abs(prepare(turned).astype(int) - upright).mean() < 3
     preview = saved(page, "MPO", quality=95, save_all=True, append_images=[page.resize((50, 50))])
-    assert np.array_equal(prepare(preview), upright)
+    assert_same(prepare(preview), upright)
 
 
 def test_31_large_pictures_are_read_in_little_memory_and_time(digits) -> None:
@@ -225,8 +225,8 @@ def test_random_and_mutated_files_are_read_or_refused(digits) -> None:
 
 
 def test_preprocess_none_takes_pixels_as_they_are(digits) -> None:
-    assert np.array_equal(prepare(saved(255 - digits[0][0]), "none"), 255 - digits[0][0])
-    assert np.array_equal(prepare(saved(np.zeros((28, 28), np.uint8)), "none"), np.zeros((28, 28)))
+    assert_same(prepare(saved(255 - digits[0][0]), "none"), 255 - digits[0][0])
+    assert_same(prepare(saved(np.zeros((28, 28), np.uint8)), "none"), np.zeros((28, 28), np.uint8))
     with pytest.raises(PictureError, match="has 30x20 pixels, and preprocess=none takes 28x28"):
         prepare(saved(np.zeros((20, 30), np.uint8)), "none")
 

@@ -11,8 +11,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_commands import QUICK, command
+from conftest import Command
+from helpers import QUICK, ROOT
 
 SWEEP = ["-m", *QUICK, "data.val_size=100", "seed=0,1,-1", "hydra.sweep.dir=s"]
 
@@ -31,7 +31,8 @@ def is_as_expected(done: "subprocess.CompletedProcess[str]", folder: Path) -> bo
     return found(folder).keys() == {"seed-0", "seed-1"}
 
 
-def test_submitit_local(tmp_path: Path) -> None:
+@pytest.mark.services
+def test_submitit_local(tmp_path: Path, command: Command) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra submitit")
     assert is_as_expected(command(*SWEEP, "hydra/launcher=submitit_local", cwd=tmp_path), tmp_path)
 
@@ -71,7 +72,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             node.wait(60)
 
 
-def test_an_existing_ray_cluster(cluster: str, tmp_path: Path) -> None:
+@pytest.mark.services
+def test_an_existing_ray_cluster(cluster: str, tmp_path: Path, command: Command) -> None:
     done = command(*SWEEP, "hydra/launcher=ray_cluster", f"hydra.launcher.ray.init.address={cluster}", cwd=tmp_path)
     assert is_as_expected(done, tmp_path)
     assert {*found(tmp_path).values()} == {"cpu, 1 thread"}

@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from helpers import assert_same
 from torch import nn
 from torchmetrics import MeanMetric
 
@@ -107,7 +108,7 @@ def test_checkpoint_loads_with_weights_only_and_says_what_it_was_trained_on(fini
     classifier = MNISTClassifier.load_from_checkpoint(path)
     assert classifier.trained_on == content["data"]
     for name, value in classifier.state_dict().items():
-        assert torch.equal(value, content["state_dict"][name])
+        assert_same(value, content["state_dict"][name])
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, assert_same
 from torch import nn
 
 from mnist_lit.network import TutorialCNN, keep_mask
@@ -59,7 +59,7 @@ def test_dropout_drops_its_share_of_the_features_in_training_only(compiled: bool
     for mode in (False, False, True, True):
         network.train(mode)(images)
     evaluated, again, first, second = seen
-    assert torch.equal(evaluated, again)
+    assert_same(evaluated, again)
     alive = evaluated != 0
     kept = first != 0
     assert abs(kept[alive].float().mean() - 0.75) < 0.002
@@ -70,7 +70,7 @@ def test_dropout_drops_its_share_of_the_features_in_training_only(compiled: bool
 @pytest.mark.parametrize("dropout", [0.5, 0.1, 0.3, 0.9])
 def test_keep_mask_keeps_each_value_equally_often_and_the_mean_as_it_was(dropout: float) -> None:
     torch.manual_seed(0)
-    kept, scale = keep_mask((4001, 251), dropout, torch.device("cpu"))
+    kept, scale = keep_mask((4001, 251), dropout)
     assert kept.shape == (4001, 251) and kept.dtype == torch.bool
     spread = (dropout * (1 - dropout)) ** 0.5
     assert abs(kept.float().mean() - (1 - dropout)) < 4 * spread / kept.numel() ** 0.5
@@ -81,7 +81,7 @@ def test_keep_mask_keeps_each_value_equally_often_and_the_mean_as_it_was(dropout
     assert abs(neighbours - (1 - dropout) ** 2) < 0.002
     assert scale == pytest.approx(1 / (1 - dropout), rel=2e-4)
     torch.manual_seed(0)
-    assert torch.equal(kept, keep_mask((4001, 251), dropout, torch.device("cpu"))[0])
+    assert_same(kept, keep_mask((4001, 251), dropout)[0])
 
 
 def test_a_dropout_that_keeps_nothing_is_refused() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import Command
+from helpers import ROOT
 from PIL import Image
-from test_commands import command
 
 from mnist_lit import Refusal, predict
 from mnist_lit.predict import COLUMNS, find_pictures
@@ -99,14 +99,16 @@ def test_27_what_is_in_the_way_is_refused_unless_it_may_be_overwritten(good_run:
     assert (scans / "old.csv").read_text().startswith("file,digit,probability,p0,")
 
 
-def test_31_predict_as_a_command_with_good_and_bad_pictures(good_run: Path, digits, scans: Path) -> None:
+def test_31_predict_as_a_command_with_good_and_bad_pictures(
+    good_run: Path, digits, scans: Path, command: Command
+) -> None:
     (scans / "cut.png").write_bytes((scans / "more" / "00.png").read_bytes()[:100])
     (scans / "text.png").write_text("hello")
     Image.new("L", (300, 300), "white").save(scans / "blank.png")
     arguments = [f"ckpt={good_run}", "images=scans (1), mine", "contact_sheet=sheet.png"]
-    module, folder = "mnist_lit.predict", scans.parent
+    verb, folder = "predict", scans.parent
     before = {path.name for path in folder.iterdir()}
-    done = command(*arguments, "output=result 1.csv", cwd=folder, module=module)
+    done = command(*arguments, "output=result 1.csv", cwd=folder, verb=verb)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stdout == "result 1.csv: 12 pictures\n"
     summary, blank, cut, text = sorted(done.stderr.splitlines())
@@ -126,11 +128,11 @@ def test_31_predict_as_a_command_with_good_and_bad_pictures(good_run: Path, digi
     assert {path.name for path in folder.iterdir()} - before == {"result 1.csv", "sheet.png"}
 
     listed = command("images=['scans (1), mine/01.tif','scans (1), mine/more']", "output=r.json", f"ckpt={good_run}",
-                     cwd=folder, module=module)  # fmt: skip
+                     cwd=folder, verb=verb)  # fmt: skip
     assert listed.returncode == 0, listed.stderr
     assert [number(row) for row in json.loads((folder / "r.json").read_text())] == [1, 0, 3, 6, 9]
 
-    shown = command("images=scans (1), mine/01.tif", f"ckpt={good_run}", cwd=folder, module=module)
+    shown = command("images=scans (1), mine/01.tif", f"ckpt={good_run}", cwd=folder, verb=verb)
     assert shown.stdout.startswith("scans (1), mine/01.tif: ") and shown.stdout.endswith("%)\n")
 
 

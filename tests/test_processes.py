@@ -1,6 +1,5 @@
 """A run in several processes, started by Lightning or by torchrun, on CPUs; the numbers are rows of docs/faults.md."""
 
-import json
 import os
 import re
 import signal
@@ -13,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import ROOT
-from soak import comparable
-from test_commands import command
+from conftest import Command
+from helpers import ROOT, assert_same, final, results
 
-from mnist_lit import Refusal, ranks, runs
+from mnist_lit import Refusal, ranks
 from mnist_lit.configuration import settings
 from mnist_lit.evaluate import evaluate
 
@@ -46,11 +43,11 @@ train.main()
 
 
 def start(
-    *arguments: str, cwd: Path, torchrun: list[str] | None = None, log: str = "terminal"
+    *arguments: str, cwd: Path, torchrun: list[str] | None = None, log: str = "terminal", threads: int | None = 1
 ) -> subprocess.Popen[bytes]:
     """``python -m mnist_lit.train``, or what else the arguments name first, with its output in the file ``log``.
 
-    One thread a process, so that the bits do not depend on who has started it.
+    One thread a process, unless told otherwise, so that the bits do not depend on who has started it.
     """
     what = (
         list(arguments)
@@ -61,7 +58,7 @@ def start(
         return subprocess.Popen(
             [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *what],
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -78,6 +75,31 @@ def start_machines(count: int, *arguments: str, cwd: Path) -> list[subprocess.Po
         agents.append(start(*arguments, cwd=cwd, torchrun=[*nodes, *where], log=f"terminal_{number}"))
         time.sleep(1)
     return agents[::-1]
+
+
+def ranks_of(
+    command: Command, machines: int, devices: int, *arguments: str, cwd: Path, **what: str
+) -> list["subprocess.CompletedProcess[str]"]:
+    """What the processes of a run have ended with that are started as torchrun starts them, by the environment alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "OMP_NUM_THREADS": "1",  # so that the bits do not depend on who has started it
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",  # there is no agent: the first process keeps the store
+        "GROUP_WORLD_SIZE": str(machines),
+        "LOCAL_WORLD_SIZE": str(devices),
+        "WORLD_SIZE": str(machines * devices),
+    }
+    processes = []
+    for rank in range(machines * devices):
+        own = {"RANK": str(rank), "GROUP_RANK": str(rank // devices), "LOCAL_RANK": str(rank % devices)}
+        processes.append(command.start(*arguments, cwd=cwd, environment={**shared, **own}, **what))
+    return [process.ended() for process in processes[::-1]][::-1]  # the first one waits for the others
 
 
 def said(*processes: subprocess.Popen[bytes], cwd: Path, code: int | None = 0) -> str:
@@ -118,24 +140,18 @@ def only_run(cwd: Path) -> Path:
     return folder
 
 
-def final(folder: Path) -> Any:
-    """Weights, optimizer's state, what was recorded and the results, without what was measured."""
-    content = torch.load(folder / runs.LAST, weights_only=True)
-    return comparable([content["state_dict"], content["optimizer_states"], content["recorded"], results(folder)])
-
-
-def results(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def test_two_processes_have_the_losses_of_one_at_each_step_in_one_folder_with_one_log(tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_of_one_at_each_step_in_one_folder_with_one_log(
+    tmp_path: Path, command: Command
+) -> None:
     (tmp_path / "recording.py").write_text(RECORDING)
     texts = {}
     for count in (1, 2):
         # Without dropout, of which each process draws its own.
-        own = ["model.dropout=0", "trainer.max_epochs=1", f"trainer.devices={count}", f"hydra.run.dir=run {count}"]
-        process = start("recording.py", *SMALL, *own, "trainer.limit_test_batches=null", cwd=tmp_path)
-        texts[count] = said(process, cwd=tmp_path)
+        own = ["model.dropout=0", "trainer.max_epochs=1", f"hydra.run.dir=run {count}"]
+        arguments = [*SMALL, *own, "trainer.limit_test_batches=null"]
+        ended = ranks_of(command, 1, count, *arguments, cwd=tmp_path, module="recording")
+        texts[count] = "".join(each.stdout + each.stderr for each in ended)
+        assert all(each.returncode == 0 for each in ended), texts[count]
     (one,), two = losses(tmp_path, 1), losses(tmp_path, 2)
     assert [size for _, size in one] == [400] * 10 and {size for process in two for _, size in process} == {200}
     for (expected, _), *parts in zip(one, *two, strict=True):
@@ -160,12 +176,22 @@ def losses(folder: Path, count: int) -> list[list[tuple[float, int]]]:
     return [[(float(loss), int(size)) for loss, size in each] for each in pairs]
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_machine_share_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    done = command(*SMALL, "trainer.fast_dev_run=1", "trainer.devices=2", "hydra.run.dir=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    process = start(
+        *SMALL, "trainer.fast_dev_run=1", "trainer.devices=2", "hydra.run.dir=run", cwd=tmp_path, threads=None
+    )
+    said(process, cwd=tmp_path)
     threads = max(1, (os.cpu_count() or 1) // 2)
     assert results(tmp_path / "run")["device"].startswith(f"2 x cpu, {threads} thread")
+
+
+def test_03_two_processes_stopped_at_any_step_go_on_with_the_same_bits(tmp_path: Path, command: Command) -> None:
+    ended = ranks_of(command, 1, 2, cwd=tmp_path, module="every_step")
+    text = "".join(each.stdout + each.stderr for each in ended)
+    assert all(each.returncode == 0 for each in ended), text
+    assert text.count(": the same bits") == 5
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +202,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cwd / "run"
 
 
+@pytest.mark.slow
 def test_03_two_processes_stopped_by_sigterm_go_on_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
     process = start(*SMALL, "trainer.max_epochs=4", "trainer.devices=2", "checkpoint.every_n_steps=1", cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("outputs/*/checkpoints/last.ckpt")))
@@ -184,9 +211,10 @@ def test_03_two_processes_stopped_by_sigterm_go_on_with_the_same_bits(whole: Pat
     assert text.count("\nstopping at") == 1 and "Traceback" not in text
     assert len(sentences := re.findall("^train: .*", text, re.MULTILINE)) == 1 and "stopped by SIGTERM" in sentences[0]
     said(start("resume=latest", cwd=tmp_path), cwd=tmp_path)
-    assert final(only_run(tmp_path)) == final(whole)
+    assert_same(final(only_run(tmp_path)), final(whole))
 
 
+@pytest.mark.slow
 def test_03_two_machines_stopped_by_sigterm_go_on_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
     """The second one's signal alone stops both; both go on with the run that the first one finds to be the latest."""
     agents = start_machines(2, *SMALL, "trainer.max_epochs=4", "checkpoint.every_n_steps=1", cwd=tmp_path)
@@ -200,15 +228,16 @@ def test_03_two_machines_stopped_by_sigterm_go_on_with_the_same_bits(whole: Path
     text = said(*start_machines(2, "resume=latest", cwd=tmp_path), cwd=tmp_path)
     assert text.count("accuracy=") == 1 and only_run(tmp_path) == folder
     assert {path.name for path in folder.glob("*.log")} == {"train.log"}
-    assert final(folder) == final(whole)
+    assert_same(final(folder), final(whole))
 
 
-def test_three_machines_test_each_image_once(good_run: Path, tmp_path: Path) -> None:
+def test_three_machines_test_each_image_once(good_run: Path, tmp_path: Path, command: Command) -> None:
     """480 images a batch: the last one has 400 of 10,000 (or 40 of the sample's 1,000), which three do not divide."""
     full = os.environ.get("MNIST_LIT_DATA")
     data = [f"data.dir={full}", "data.source=mnist"] if full else ["data.source=sample"]
     asked = [f"ckpt={good_run}", "data.batch_size=480", "trainer.accelerator=cpu", *data]
-    said(*start_machines(3, "-m", "mnist_lit.evaluate", *asked, "hydra.run.dir=three", cwd=tmp_path), cwd=tmp_path)
+    for ended in ranks_of(command, 3, 1, *asked, "hydra.run.dir=three", cwd=tmp_path, verb="evaluate"):
+        assert ended.returncode == 0, ended.stderr
     three, one = results(tmp_path / "three"), evaluate(tmp_path / "one", **settings("evaluate", *asked))
     assert three["test/images"] == (10000 if full else 1000) and three["device"].startswith("3 x cpu")
     assert three["test/loss"] == pytest.approx(one["test/loss"], rel=1e-5)
@@ -216,6 +245,7 @@ def test_three_machines_test_each_image_once(good_run: Path, tmp_path: Path) -> 
         assert three[key] == one[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_26_when_a_process_dies_the_other_ends_with_a_sentence(dead: int, tmp_path: Path) -> None:
     first = start(*ENDLESS, "trainer.devices=2", cwd=tmp_path)
@@ -235,6 +265,7 @@ def test_26_when_a_process_dies_the_other_ends_with_a_sentence(dead: int, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_26_a_process_that_is_to_wait_for_a_dead_first_one_ends(tmp_path: Path) -> None:
     """It dies while the other one still imports, which would then look for it for half an hour."""
     first = start(*ENDLESS, "trainer.devices=2", cwd=tmp_path)
@@ -247,6 +278,7 @@ def test_26_a_process_that_is_to_wait_for_a_dead_first_one_ends(tmp_path: Path) 
     assert time.monotonic() - killed < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_26_when_a_machines_process_dies_those_of_the_others_end(dead: int, tmp_path: Path) -> None:
     agents = start_machines(2, *ENDLESS, cwd=tmp_path)
@@ -261,6 +293,7 @@ def test_26_when_a_machines_process_dies_those_of_the_others_end(dead: int, tmp_
     assert sentence.startswith("train: another process of this run has ended") and "torchrun ... -m" in sentence
 
 
+@pytest.mark.slow
 def test_28_29_torchruns_processes_refuse_once(tmp_path: Path) -> None:
     for arguments, sentence in (
         (["optimizer.lrr=1"], "train: unknown key optimizer.lrr; did you mean optimizer.lr?"),
@@ -285,7 +318,7 @@ def test_torchruns_numbers_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None
         ranks.with_torchruns_numbers([])
 
 
-def test_28_several_machines_without_torchrun_are_refused(tmp_path: Path) -> None:
+def test_28_several_machines_without_torchrun_are_refused(tmp_path: Path, command: Command) -> None:
     done = command("trainer.num_nodes=2", cwd=tmp_path)
     assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
     assert done.stderr == "train: trainer.num_nodes=2: several machines are started with torchrun (see README.md)\n"

@@ -1,6 +1,5 @@
 """Runs that are stopped, killed or damaged, and go on; the numbers are the rows of docs/faults.md."""
 
-import json
 import os
 import re
 import shutil
@@ -13,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, small
-from soak import PHASES, comparable, outcome
-from test_commands import command
+from conftest import Command
+from helpers import ROOT, assert_same, differences, final, small
+from soak import PHASES, outcome
 
 from mnist_lit import Refusal, Stopped, runs
 from mnist_lit.model import MNISTClassifier
@@ -28,7 +27,7 @@ VARIANTS = {
     "validated": ["data.val_size=200"],
     "validated within the epoch": ["data.val_size=200", "trainer.val_check_interval=2"],
     "two batches a step": ["trainer.accumulate_grad_batches=2"],
-    "so many steps": ["trainer.max_steps=6"],
+    "so many steps": ["trainer.max_steps=5"],
 }
 
 
@@ -56,20 +55,13 @@ class Batches:
         return stopped.value
 
 
-def final(folder: Path) -> Any:
-    """Weights, optimizer's state, what was recorded and the results, without what was measured."""
-    content = torch.load(folder / runs.LAST, weights_only=True)
-    results = json.loads((folder / "metrics.json").read_text())
-    return comparable([content["state_dict"], content["optimizer_states"], content["recorded"], results])
-
-
 def resumed(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return train(folder, **{**settings, "resume": str(find(str(folder), folder.parent).start)})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_01_stopped_at_any_step_a_run_goes_on_with_the_same_bits(variant: str, tmp_path: Path, monkeypatch) -> None:
-    settings = small("trainer.limit_train_batches=4", *VARIANTS[variant])
+    settings = small(*VARIANTS[variant])
     batches = Batches(monkeypatch)
     train(tmp_path / "whole", **settings)
     expected, order = final(tmp_path / "whole"), batches.seen[:]
@@ -78,7 +70,8 @@ def test_01_stopped_at_any_step_a_run_goes_on_with_the_same_bits(variant: str, t
         folder = tmp_path / f"stopped at {step}"
         batches.stopped_run(folder, step, settings)
         resumed(folder, settings)
-        assert final(folder) == expected and batches.seen == order, step
+        assert_same(final(folder), expected)
+        assert batches.seen == order, step
 
 
 def test_01_control_without_the_rule_for_dropout_the_bits_differ(tmp_path: Path, monkeypatch) -> None:
@@ -89,7 +82,7 @@ def test_01_control_without_the_rule_for_dropout_the_bits_differ(tmp_path: Path,
     batches.seen.clear()
     batches.stopped_run(tmp_path / "stopped", 2, settings)
     resumed(tmp_path / "stopped", settings)
-    assert final(tmp_path / "stopped") != final(tmp_path / "whole")
+    assert [*differences(final(tmp_path / "stopped"), final(tmp_path / "whole"))]
 
 
 def test_01_stopped_twice_and_without_any_checkpoint_yet(tmp_path: Path, monkeypatch, finished_run: Path) -> None:
@@ -101,14 +94,15 @@ def test_01_stopped_twice_and_without_any_checkpoint_yet(tmp_path: Path, monkeyp
         resumed(folder, small())
     batches.stop_at = None
     resumed(folder, small())
-    assert final(folder) == final(finished_run)
+    assert_same(final(folder), final(finished_run))
 
     (tmp_path / "begun").mkdir()
     shutil.copy(finished_run / "config.yaml", tmp_path / "begun")
     resumed(tmp_path / "begun", small())
-    assert final(tmp_path / "begun") == final(finished_run)
+    assert_same(final(tmp_path / "begun"), final(finished_run))
 
 
+@pytest.mark.slow
 def test_01_02_killed_at_random_moments() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "tests/soak.py", "9", str(time.time_ns() % 1000)],
@@ -122,9 +116,10 @@ def test_01_02_killed_at_random_moments() -> None:
         assert re.search(f"killed {phase}: [1-9]", done.stdout), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)])
 def test_03_04_a_signal_stops_at_the_end_of_the_step_and_says_how_to_go_on(
-    number: int, name: str, code: int, tmp_path: Path
+    number: int, name: str, code: int, tmp_path: Path, command: Command
 ) -> None:
     process = started(tmp_path)
     process.send_signal(number)
@@ -147,6 +142,7 @@ def test_03_04_a_signal_stops_at_the_end_of_the_step_and_says_how_to_go_on(
     )
 
 
+@pytest.mark.slow
 def test_04_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     # A long step in many small parts: Python sees a signal only between two operations of PyTorch.
     process = started(tmp_path, "data.batch_size=1", "trainer.accumulate_grad_batches=1000")
@@ -240,10 +236,12 @@ def test_the_best_checkpoint_is_not_to_be_gone_on_with_and_the_one_before_is(
     run = find(str(folder / runs.PREVIOUS), tmp_path)
     assert run.start == folder / runs.PREVIOUS
     train(folder, **{**yaml.safe_load((folder / "config.yaml").read_text()), "resume": str(run.start)})
-    assert outcome(folder) == outcome(validated_run)
+    assert_same(outcome(folder), outcome(validated_run))
 
 
-def test_a_finished_run_shows_its_results_and_takes_more_epochs(finished_run: Path, tmp_path: Path) -> None:
+def test_a_finished_run_shows_its_results_and_takes_more_epochs(
+    finished_run: Path, tmp_path: Path, command: Command
+) -> None:
     folder = shutil.copytree(finished_run, tmp_path / "outputs" / "run")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     done = command("resume=latest", cwd=tmp_path)
@@ -252,7 +250,7 @@ def test_a_finished_run_shows_its_results_and_takes_more_epochs(finished_run: Pa
     more = small("trainer.max_epochs=4")
     resumed(folder, more)
     train(tmp_path / "whole", **more)
-    assert final(folder) == final(tmp_path / "whole")
+    assert_same(final(folder), final(tmp_path / "whole"))
 
 
 def test_killed_between_the_last_step_and_the_results_only_those_are_made(
@@ -265,7 +263,8 @@ def test_killed_between_the_last_step_and_the_results_only_those_are_made(
     import yaml
 
     resumed(folder, yaml.safe_load((folder / "config.yaml").read_text()))
-    assert batches.seen == [] and outcome(folder) == outcome(validated_run)
+    assert batches.seen == []
+    assert_same(outcome(folder), outcome(validated_run))
 
 
 def test_a_run_that_is_in_use_is_refused(finished_run: Path) -> None:
@@ -298,7 +297,9 @@ def test_21_the_checkpoints_from_before_are_kept(tmp_path: Path, monkeypatch) ->
         assert all(value.isfinite().all() for value in content["state_dict"].values())
 
 
-def test_27_a_second_run_of_the_same_folder_and_a_sweep_cannot_resume(finished_run: Path, tmp_path: Path) -> None:
+def test_27_a_second_run_of_the_same_folder_and_a_sweep_cannot_resume(
+    finished_run: Path, tmp_path: Path, command: Command
+) -> None:
     shutil.copytree(finished_run, tmp_path / "outputs" / "run")
     for arguments, sentence in (
         (["hydra.run.dir=outputs/run"], "train: outputs/run holds a run already: choose another hydra.run.dir, or"),
@@ -309,7 +310,9 @@ def test_27_a_second_run_of_the_same_folder_and_a_sweep_cannot_resume(finished_r
         assert done.returncode == 1 and done.stderr.startswith(sentence)
 
 
-def test_a_run_with_another_optimizer_or_network_goes_on_without_naming_it_again(tmp_path: Path) -> None:
+def test_a_run_with_another_optimizer_or_network_goes_on_without_naming_it_again(
+    tmp_path: Path, command: Command
+) -> None:
     train(tmp_path / "run", **small("optimizer=adam", "trainer.max_epochs=1"))
     done = command("resume=run", cwd=tmp_path)
     assert done.returncode == 0 and "run is finished" in done.stdout, done.stderr

@@ -4,17 +4,15 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from test_commands import QUICK, command
+from conftest import Command
+from helpers import QUICK
 
-from mnist_lit import Refusal
+from mnist_lit import Refusal, runs
 from mnist_lit.configuration import ConfigFiles
 from mnist_lit.summary import best_first, summarize, table
 from mnist_lit.sweep import Job, plan, read_jobs
@@ -99,7 +97,7 @@ def test_23_a_job_without_results_takes_what_has_been_put_right(tmp_path: Path) 
     assert [job.overrides["data.dir"] for job in read_jobs(tmp_path)] == ["nowhere", "there"]
 
 
-def test_a_folder_with_a_single_run_and_another_sweeper_are_refused(tmp_path: Path) -> None:
+def test_a_folder_with_a_single_run_and_another_sweeper_are_refused(tmp_path: Path, command: Command) -> None:
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(Refusal, match="holds a run, not a sweep"):
         planned(tmp_path, "seed=0,1")
@@ -163,13 +161,13 @@ def test_without_a_validation_split_nothing_is_ranked(tmp_path: Path) -> None:
     assert {row["rank"] for row in csv.DictReader((tmp_path / "summary.csv").open())} == {""}
 
 
-def test_28_a_sweep_with_a_refused_job_runs_the_others_and_has_several_processes_where_asked(tmp_path: Path) -> None:
-    done = command("-m", *QUICK, "data.val_size=-1,20", "trainer.devices=1,2", "hydra.sweep.dir=s", cwd=tmp_path)
+def test_28_a_sweep_with_a_refused_job_runs_the_others(tmp_path: Path, command: Command) -> None:
+    done = command("-m", *QUICK, "data.val_size=-1,20", "seed=0,1", "hydra.sweep.dir=s", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train: 2 of 4 jobs failed; the sweep is in s")
-    assert "failed: data.val_size=-1 trainer.devices=1: data.val_size=-1: must be a whole number" in done.stdout
+    assert "failed: data.val_size=-1 seed=0: data.val_size=-1: must be a whole number" in done.stdout
     found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("s/*/metrics.json")}
-    assert found.keys() == {"val_size-20_devices-1", "val_size-20_devices-2"}
+    assert found.keys() == {"val_size-20_seed-0", "val_size-20_seed-1"}
     for path in tmp_path.glob("s/val_size-20_*"):
         assert {"config.yaml", "job.json", "train.log", "report.html"} <= {each.name for each in path.iterdir()}
     assert {path.name for path in (tmp_path / "s").iterdir() if path.is_file()} == {
@@ -177,7 +175,18 @@ def test_28_a_sweep_with_a_refused_job_runs_the_others_and_has_several_processes
     }
 
 
-def test_22_a_job_that_raises_exits_or_is_killed_does_not_stop_the_others(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_job_has_several_processes_where_asked(tmp_path: Path, command: Command) -> None:
+    done = command("-m", *QUICK, "trainer.devices=1,2", "hydra.sweep.dir=s", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    devices = {
+        path.parent.name: json.loads(path.read_text())["device"][:7] for path in tmp_path.glob("s/*/metrics.json")
+    }
+    assert devices == {"devices-1": "cpu, 1 ", "devices-2": "2 x cpu"}
+
+
+@pytest.mark.slow
+def test_22_a_job_that_raises_exits_or_is_killed_does_not_stop_the_others(tmp_path: Path, command: Command) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra joblib")
     (tmp_path / "odd_networks.py").write_text(NETWORK)
     (tmp_path / "conf" / "model").mkdir(parents=True)
@@ -203,17 +212,6 @@ def test_22_a_job_that_raises_exits_or_is_killed_does_not_stop_the_others(tmp_pa
     assert well.stat().st_mtime_ns == before
 
 
-def started(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "mnist_lit.train", "-m", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def wait_for(condition: Any, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -221,33 +219,43 @@ def wait_for(condition: Any, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def processes_with(text: str) -> list[str]:
-    return [line for line in subprocess.check_output(["ps", "-ewwo", "args"], text=True).splitlines() if text in line]
+def is_in_use(folder: Path) -> bool:
+    """Whether a process trains in it."""
+    try:
+        with runs.in_use(folder):
+            return False
+    except Refusal:
+        return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_23_a_sweep_that_was_killed_or_stopped_goes_on_with_the_same_command(number: int, tmp_path: Path) -> None:
-    long = ["trainer.max_epochs=12", "trainer.limit_train_batches=20"]
+def test_23_a_sweep_that_was_killed_or_stopped_goes_on_with_the_same_command(
+    number: int, tmp_path: Path, command: Command
+) -> None:
+    long = ["trainer.max_epochs=14", "trainer.limit_train_batches=2"]
     arguments = [*SMALL, *long, "seed=0,1", f"hydra.sweep.dir={tmp_path}/s"]
-    sweep = started(*arguments, cwd=tmp_path)
-    wait_for((tmp_path / "s" / "seed-0" / "checkpoints" / "last.ckpt").exists, 60)
+    sweep = command.start("-m", *arguments, cwd=tmp_path)
+    job = tmp_path / "s" / "seed-0"
+    wait_for((job / "checkpoints" / "last.ckpt").exists, 60)
+    assert is_in_use(job)
     sweep.send_signal(number)
-    _, said = sweep.communicate(timeout=60)
-    assert sweep.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
-    wait_for(lambda: not processes_with(f"hydra.run.dir={tmp_path}"), 30)  # its job does not outlive it
+    ended = sweep.ended()
+    assert ended.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
+    wait_for(lambda: not is_in_use(job), 30)  # its job does not outlive it
     if number == signal.SIGINT:
-        assert "the same command with hydra.sweep.dir=" in said.splitlines()[-1]
+        assert "the same command with hydra.sweep.dir=" in ended.stderr.splitlines()[-1]
         assert Job.read(tmp_path / "s" / "seed-0").status == "stopped"
 
     done = command("-m", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on with" in (tmp_path / "s" / "seed-0" / "train.log").read_text()
-    assert len(list(csv.DictReader((tmp_path / "s" / "seed-0" / "metrics.csv").open()))) == 12
+    assert len(list(csv.DictReader((tmp_path / "s" / "seed-0" / "metrics.csv").open()))) == 14
     assert [job.status for job in read_jobs(tmp_path / "s")] == ["finished", "finished"]
 
 
-def test_only_train_makes_sweeps_and_a_sweep_is_not_resumed_job_by_job(tmp_path: Path) -> None:
-    for module, arguments in (("evaluate", ["data.batch_size=1,2"]), ("train", ["resume=latest", "seed=0,1"])):
-        done = command("-m", *arguments, cwd=tmp_path, module=f"mnist_lit.{module}")
+def test_only_train_makes_sweeps_and_a_sweep_is_not_resumed_job_by_job(tmp_path: Path, command: Command) -> None:
+    for verb, arguments in (("evaluate", ["data.batch_size=1,2"]), ("train", ["resume=latest", "seed=0,1"])):
+        done = command("-m", *arguments, cwd=tmp_path, verb=verb)
         assert done.returncode == 1 and "-m" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, assert_same
 
 from mnist_lit import Refusal, runs
 from mnist_lit.model import load_classifier
@@ -57,7 +57,7 @@ def test_the_network_alone_answers_as_the_whole_model_does(validated_run: Path, 
     model = load(validated_run)
     with torch.no_grad():
         expected = load_classifier(validated_run / runs.BEST).eval()(images)
-        assert torch.equal(model(images), expected)
+        assert_same(model(images), expected)
     assert model.trained_on[0]["name"] == "mnist-sample"
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -5,18 +5,17 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
-from test_commands import command
+from conftest import Command
 
 from mnist_lit import Refusal
 from mnist_lit.configuration import ConfigFiles, flat, own_values, settings
@@ -31,7 +30,7 @@ SMALL = [
     *("trainer.max_epochs=3", "trainer.limit_train_batches=3", "trainer.limit_test_batches=2"),
 ]
 
-LONG = ["trainer.max_epochs=12", "trainer.limit_train_batches=20"]  # some seconds, so that a signal comes in time
+LONG = ["trainer.max_epochs=14", "trainer.limit_train_batches=2"]  # some seconds, so that a signal comes in time
 
 
 def sqlite(folder: Path) -> str:
@@ -42,8 +41,14 @@ def opened(storage: str) -> Any:
     return open_study(storage, "tune", make_pruner("none"))
 
 
-def tune(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    return command(*arguments, cwd=cwd, module="mnist_lit.tune")
+@pytest.fixture
+def tune(command: Command) -> Callable[..., Any]:
+    return partial(command, verb="tune")
+
+
+@pytest.fixture
+def started(command: Command) -> Callable[..., Any]:
+    return partial(command.start, verb="tune")
 
 
 @pytest.fixture(scope="module")
@@ -75,24 +80,28 @@ def postgresql() -> Iterator[str]:
         shutil.rmtree(here)
 
 
-def started(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "mnist_lit.tune", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def trains_in(folder: Path) -> int:
+    """The id of the process that has the run's folder open."""
+    (found,) = {int(path.parts[2]) for path in Path("/proc").glob("[0-9]*/fd/*") if _target(path) == str(folder)}
+    return found
+
+
+def _target(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:  # it has been closed
+        return ""
 
 
 def states(study: Any) -> list[str]:
     return [trial.state.name for trial in study.get_trials(deepcopy=False)]
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("sqlite", marks=pytest.mark.slow), pytest.param("postgresql", marks=pytest.mark.services)]
+)
 def test_25_a_worker_that_is_killed_costs_no_trial_and_the_total_is_honoured(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, tune: Any, started: Any
 ) -> None:
     storage = sqlite(tmp_path) if kind == "sqlite" else request.getfixturevalue("postgresql")
     arguments = [f"storage={storage}", "n_trials=4", "sampler=random", "pruner=none", *SMALL]
@@ -110,8 +119,8 @@ def test_25_a_worker_that_is_killed_costs_no_trial_and_the_total_is_honoured(
     while "FAIL" not in states(study):
         assert time.monotonic() - killed < 30
         time.sleep(0.2)
-    said, _ = second.communicate(timeout=200)
-    assert second.returncode == 0, said
+    ended = second.ended()
+    assert ended.returncode == 0, ended.stderr
     trials = study.get_trials()
     assert sum(map(counts, trials)) == 4 and states(study).count("COMPLETE") == 4
     assert not {"RUNNING", "WAITING"} & {*states(study)}
@@ -123,7 +132,8 @@ def test_25_a_worker_that_is_killed_costs_no_trial_and_the_total_is_honoured(
     assert more.returncode == 0 and sum(map(counts, study.get_trials())) == 5, more.stderr
 
 
-def test_24_a_trial_without_a_finite_loss_fails_and_the_study_goes_on(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_24_a_trial_without_a_finite_loss_fails_and_the_study_goes_on(tmp_path: Path, tune: Any) -> None:
     arguments = ["~space", "+space.optimizer.lr.choices=[1e30,1.0]", "optimizer=sgd", "sampler_seed=0", *SMALL[:-4]]
     done = tune(
         "n_trials=4", "sampler=random", f"storage={sqlite(tmp_path)}", *arguments, "trainer.max_epochs=1", cwd=tmp_path
@@ -136,7 +146,8 @@ def test_24_a_trial_without_a_finite_loss_fails_and_the_study_goes_on(tmp_path: 
         assert ("not finite" in row["reason"]) == (row["state"] == "fail")
 
 
-def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path, command: Command, tune: Any, started: Any) -> None:
     arguments = [f"storage={sqlite(tmp_path)}", "n_trials=2", "pruner=none", *SMALL, *LONG]
     process = started(*arguments, cwd=tmp_path)
     deadline = time.monotonic() + 60
@@ -144,9 +155,9 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said, said
-    assert "stopped by Ctrl-C; the trials under way will be run again by the same command" in said
+    ended = process.ended()
+    assert ended.returncode == 130 and "Traceback" not in ended.stderr, ended.stderr
+    assert "stopped by Ctrl-C; the trials under way will be run again by the same command" in ended.stderr
     study = opened(sqlite(tmp_path))
     assert "RUNNING" not in states(study)
     (waiting,) = [trial for trial in study.get_trials() if trial.state.name == "WAITING"]
@@ -178,24 +189,24 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert of_run["optimizer"]["lr"] == best.params["optimizer.lr"] and of_run["data"]["val_size"] == 200
 
 
-def test_25_a_trial_whose_own_process_is_killed_is_run_again(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_25_a_trial_whose_own_process_is_killed_is_run_again(tmp_path: Path, started: Any) -> None:
     process = started(f"storage={sqlite(tmp_path)}", "n_trials=1", *SMALL, *LONG, cwd=tmp_path)
     first = tmp_path / "outputs" / "tune" / "trials" / "0"
     deadline = time.monotonic() + 60
     while not (first / "config.yaml").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    lines = subprocess.check_output(["ps", "-ewwo", "pid,args"], text=True).splitlines()
-    (line,) = [line for line in lines if "mnist_lit.train" in line and f"hydra.run.dir='{first}'" in line]
-    os.kill(int(line.split()[0]), signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped or killed; it will be run again" in said, said
+    os.kill(trains_in(first), signal.SIGKILL)
+    ended = process.ended()
+    assert ended.returncode == 0 and "stopped or killed; it will be run again" in ended.stdout, ended
     study = opened(sqlite(tmp_path))
     lost, again = study.get_trials()
     assert states(study) == ["FAIL", "COMPLETE"] and again.params == lost.params
 
 
-def test_a_trial_that_validates_badly_is_pruned(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_trial_that_validates_badly_is_pruned(tmp_path: Path, tune: Any) -> None:
     study = opened(sqlite(tmp_path))
     for _ in range(5):
         study.add_trial(optuna.create_trial(value=0.99, intermediate_values={epoch: 0.99 for epoch in range(1, 40)}))
@@ -207,7 +218,7 @@ def test_a_trial_that_validates_badly_is_pruned(tmp_path: Path) -> None:
     assert not (Path(last.user_attrs["folder"]) / "metrics.json").exists()
 
 
-def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path) -> None:
+def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path, tune: Any) -> None:
     done = tune(
         f"storage={sqlite(tmp_path)}", "data.dir=nowhere", "data.source=mnist", "data.val_size=70", cwd=tmp_path
     )
@@ -232,7 +243,7 @@ def test_28_a_space_that_is_none_is_refused(space: dict, overrides: list[str], s
         knobs(space, overrides, ConfigFiles("train"))
 
 
-def test_28_what_else_is_refused_before_any_trial(tmp_path: Path) -> None:
+def test_28_what_else_is_refused_before_any_trial(tmp_path: Path, tune: Any) -> None:
     for arguments, sentence in (
         (["n_trials=0"], "n_trials=0: must be a whole number of at least 1"),
         (["sampler=grid"], "sampler=grid: must be one of tpe, random"),

@@ -77,7 +77,8 @@ def plain(
     x = torch.relu(F.conv2d(images, weight1, bias1))
     # ReLU after the pooling gives the same values and gradients as before it, on a ninth of the numbers.
     x = torch.relu(F.max_pool2d(F.conv2d(x, weight2, bias2), 3))
-    return x * (scale if kept is None else kept * scale)
+    # Of x's own type: a mask in single precision would lift half precision, and round double precision's scale.
+    return x * (scale if kept is None else kept.to(x.dtype) * scale)
 
 
 def why_plain(images: Tensor, *parameters: Tensor) -> str:

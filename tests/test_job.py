@@ -1,0 +1,133 @@
+"""Commands in processes of their own: they start fast, are what a typed command is, and end alone and with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from helpers import QUICK, ROOT, results
+
+from mnist_lit import job
+
+PROBE = """
+import atexit, os, sys
+atexit.register(print, "exit handlers run")
+if sys.argv[1] == "modules":
+    sys.argv.pop(1)
+    before = set(sys.modules)
+    from mnist_lit.train import main
+    main()
+    print("imported:", *sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+elif sys.argv[1] == "says":
+    print(__name__, __spec__.name, sys.argv[1:], os.getcwd(), sys.path[0], os.environ.get("OF_THE_TEST"), os.getsid(0) == os.getpid())
+    sys.exit("as the test wants it")
+elif sys.argv[1] == "server":
+    import torch
+    threads = open(f"/proc/{os.getppid()}/status").read().split("Threads:")[1].split()[0]
+    print(threads, torch.cuda.is_initialized(), os.getppid())
+elif sys.argv[1] == "raises":
+    raise ZeroDivisionError("as the test wants it")
+elif sys.argv[1] == "waits":
+    import time
+    print(os.getpid(), flush=True)
+    time.sleep(100)
+"""
+PARENT = """
+from mnist_lit import job
+if __name__ == "__main__":
+    job.Command("probe", ["waits"]).wait()
+"""
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Path:
+    (tmp_path / "probe.py").write_text(PROBE)
+    return tmp_path
+
+
+def test_a_job_finds_everything_imported(probe: Path, command: Command) -> None:
+    done = command.start("modules", *QUICK, "hydra.run.dir=run", cwd=probe, module="probe").ended()
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("imported:")]
+    assert not {"torch", "torchvision", "torchmetrics", "lightning", "scipy", "sympy", "numpy", "tqdm"} & {
+        *line.split()
+    }
+
+
+def test_the_server_has_imported_and_not_computed(probe: Path, command: Command) -> None:
+    """A thread of its own, or a GPU that it uses, would not work in what is forked from it."""
+    found = [command.start("server", cwd=probe, module="probe").ended().stdout.split() for _ in range(2)]
+    assert found[0][:2] == ["1", "False"] and found[0] == found[1]
+
+
+def test_a_job_is_what_a_typed_command_is(probe: Path, command: Command) -> None:
+    done = command.start("says", "a b", cwd=probe, module="probe", environment={"OF_THE_TEST": "ä"}).ended()
+    assert done.stdout == f"__main__ probe ['says', 'a b'] {probe} {probe} ä True\nexit handlers run\n"
+    assert (done.returncode, done.stderr) == (1, "as the test wants it\n")
+    raised = command.start("raises", cwd=probe, module="probe").ended()
+    assert raised.returncode == 1 and raised.stderr.endswith("\nZeroDivisionError: as the test wants it\n")
+
+
+def test_a_job_computes_with_the_threads_that_its_environment_says(tmp_path: Path, command: Command) -> None:
+    for threads in ("1", "3"):
+        done = command(*QUICK, f"hydra.run.dir={threads}", cwd=tmp_path, environment={"OMP_NUM_THREADS": threads})
+        assert done.returncode == 0, done.stderr
+        assert results(tmp_path / threads)["device"].startswith(f"cpu, {threads} thread")
+
+
+def test_what_a_job_says_and_how_it_ends_comes_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ended = job.run("train", ["data.sourc=sample"], cwd=tmp_path)
+    assert (ended.code, ended.reason) == (1, "train: unknown key data.sourc; did you mean data.source?")
+    assert capfd.readouterr().err == f"{ended.reason}\n"
+    assert job.run("train", ["data.sourc=sample"], cwd=tmp_path, quiet=True) == ended
+    assert capfd.readouterr().err == ""
+    asked = [*QUICK[:2], "trainer.max_epochs=9999", "hydra.run.dir=run"]
+    began = tmp_path / "run" / "checkpoints"
+    ended = job.run("train", asked, cwd=tmp_path, quiet=True, look=began.exists)
+    assert ended.code == 143 and "stopped by SIGTERM after step" in ended.reason
+    assert "killed by SIGKILL" in job.Ended(-signal.SIGKILL, "").reason
+
+
+def test_a_job_that_is_killed_ends_alone(probe: Path, command: Command) -> None:
+    one, other = (command.start("waits", cwd=probe, module="probe") for _ in range(2))
+    one.send_signal(signal.SIGKILL)
+    assert one.wait(20) == -signal.SIGKILL and other.poll() is None
+    other.send_signal(signal.SIGTERM)
+    assert other.wait(20) == -signal.SIGTERM
+
+
+def test_a_job_ends_with_who_has_started_it(probe: Path, command: Command) -> None:
+    (probe / "parent.py").write_text(PARENT)
+    parent = command.start(cwd=probe, module="parent")
+    deadline = time.monotonic() + 30
+    while not (number := parent.said().strip()):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    while Path(f"/proc/{number}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_twelve_jobs_take_at_most_three_times_one_command(tmp_path: Path) -> None:
+    """The marks are ratios in one run: single commands before and after the sweep."""
+
+    def seconds(*arguments: str) -> float:
+        started = time.monotonic()
+        subprocess.run(
+            [sys.executable, "-m", "mnist_lit.train", "data.source=sample", "trainer.fast_dev_run=true", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+        )
+        return time.monotonic() - started
+
+    before, sweep, after = seconds(), seconds("-m", "seed=range(12)", "hydra.sweep.dir=s"), seconds()
+    assert len(list(tmp_path.glob("s/*/metrics.json"))) == 12
+    assert sweep < 3 * (before + after) / 2
