@@ -35,6 +35,8 @@ def tune(
 ) -> Any:
     """Work on a study until it has ``n_trials`` results; the arguments after ``folder`` are those of ``conf/tune.yaml``.
 
+    Trials are processes of ``multiprocessing``: a script that calls this does so under ``if __name__ == "__main__":``.
+
     Args:
         folder: Where the trials have their folders, and the results go.
         overrides: Changes to ``conf/train.yaml``, for every trial.

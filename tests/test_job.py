@@ -1,5 +1,6 @@
 """Commands in processes of their own: they start fast, are what a typed command is, and end alone and with their parent."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -131,3 +132,12 @@ def test_twelve_jobs_take_at_most_three_times_one_command(tmp_path: Path) -> Non
     before, sweep, after = seconds(), seconds("-m", "seed=range(12)", "hydra.sweep.dir=s"), seconds()
     assert len(list(tmp_path.glob("s/*/metrics.json"))) == 12
     assert sweep < 3 * (before + after) / 2
+
+
+def test_where_there_is_no_such_server_a_job_is_a_process_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job, "PROCESSES", multiprocessing.get_context("spawn"))
+    ended = job.run("train", ["data.sourc=sample"], cwd=tmp_path)
+    assert (ended.code, ended.reason) == (1, "train: unknown key data.sourc; did you mean data.source?")
+    assert capfd.readouterr().err == f"{ended.reason}\n"
