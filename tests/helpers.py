@@ -1,9 +1,11 @@
 """What several tests use: small runs, what a run ends with, and comparisons that fail in a few lines."""
 
+import copy
 import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,11 @@ MOST_LINES = 8
 
 def small(*overrides: str) -> dict[str, Any]:
     """The settings of a run over the sample that takes a few seconds: two epochs of three batches."""
+    return copy.deepcopy(_small(overrides))
+
+
+@cache
+def _small(overrides: tuple[str, ...]) -> dict[str, Any]:
     return settings(
         "train",
         "data.source=sample",

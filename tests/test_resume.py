@@ -29,6 +29,7 @@ VARIANTS = {
     "two batches a step": ["trainer.accumulate_grad_batches=2"],
     "so many steps": ["trainer.max_steps=5"],
 }
+FIRST = ("plain", "validated", "two batches a step")  # in every test run
 
 
 class Batches:
@@ -59,7 +60,9 @@ def resumed(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return train(folder, **{**settings, "resume": str(find(str(folder), folder.parent).start)})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [*FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in VARIANTS if each not in FIRST)]
+)
 def test_01_stopped_at_any_step_a_run_goes_on_with_the_same_bits(variant: str, tmp_path: Path, monkeypatch) -> None:
     settings = small(*VARIANTS[variant])
     batches = Batches(monkeypatch)

@@ -218,6 +218,7 @@ def test_a_trial_that_validates_badly_is_pruned(tmp_path: Path, tune: Any) -> No
     assert not (Path(last.user_attrs["folder"]) / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path, tune: Any) -> None:
     done = tune(
         f"storage={sqlite(tmp_path)}", "data.dir=nowhere", "data.source=mnist", "data.val_size=70", cwd=tmp_path
