@@ -3,11 +3,13 @@
 Whatever happens in it, an exception, an exit, a kill, happens to it alone; and it does not outlive who started it.
 
 On Linux the process is forked from a server that has imported torch, Lightning and the rest once (the standard
-library's forkserver), so that it starts in a fraction of a second. The server imports and never computes: no threads
-and no random numbers are copied. Elsewhere the process imports all that anew.
+library's forkserver), so that it starts in a fraction of a second. The server imports and never computes, so that no
+threads are forked and no GPU is in use. Elsewhere the process imports all that anew.
 """
 
 import atexit
+import contextlib
+import logging
 import multiprocessing
 import os
 import runpy
@@ -15,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +30,15 @@ from typing import Any
 from mnist_lit.launch import loading
 
 SECONDS_TO_STOP = 60.0  # for the step under way and its checkpoint
-PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-# What a training run imports, the slowest things first. What is not installed is left out.
+SERVER_LOST = 255  # the exit code that multiprocessing gives a process whose server was killed
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What a training run imports of other packages; this one's modules each job reads as they are when it starts.
 PRELOADED = (
-    *("torch", "torch._dynamo", "torchvision", "lightning", "matplotlib.backends.backend_agg", "hydra.main"),
-    *("mnist_lit.trainer", "mnist_lit.data", "mnist_lit.model", "mnist_lit.randomness", "mnist_lit.recorder"),
-    *("mnist_lit.report", "mnist_lit.scores", "mnist_lit.memory", "tqdm.contrib.logging", "jinja2"),
+    *("torch", "torch._dynamo", "torchvision.datasets", "torchmetrics.classification", "lightning.pytorch.loggers"),
+    *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "PIL.PpmImagePlugin", "hydra"),
+    *("tqdm.contrib.logging", "jinja2", "filelock"),
 )
-_waiting = threading.Lock()  # multiprocessing's processes are not to be started or asked by two threads at once
+_one_at_a_time = threading.Lock()  # multiprocessing's processes are not to be started or asked by two threads at once
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,10 @@ class Command:
         stdout: int = 1,
         stderr: int = 2,
     ) -> None:
-        warm_up()
         outputs = (_Descriptor(stdout), _Descriptor(stderr))
         given = (module, list(arguments), str(cwd or Path.cwd()), dict(environment or os.environ))
-        self._process: BaseProcess = PROCESSES.Process(target=_become, args=(*given, *outputs), name=module)
-        with _waiting, loading("PyTorch and Lightning"):  # by the server, before its first one
+        with _one_at_a_time, loading("PyTorch and Lightning"):  # by the server, before its first one
+            self._process: BaseProcess = warm_up().Process(target=_become, args=(*given, *outputs), name=module)
             self._process.start()
 
     @property
@@ -93,8 +96,13 @@ class Command:
 
     def poll(self) -> int | None:
         """Its exit code, negative if a signal has killed it; None while it runs."""
-        with _waiting:
-            return self._process.exitcode
+        with _one_at_a_time:
+            code = self._process.exitcode
+        if code == SERVER_LOST:  # or its own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+                return -signal.SIGKILL
+        return code
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit code, once it has ended.
@@ -104,13 +112,16 @@ class Command:
         """
         if not connection.wait([self._process.sentinel], timeout):
             raise TimeoutError
+        with _one_at_a_time:
+            self._process.join()  # it may have closed its files and not yet ended
         code = self.poll()
         assert code is not None
         return code
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, number)
 
 
 def run(
@@ -127,7 +138,7 @@ def run(
     Args:
         cwd: The folder that it runs in, if another than this process's.
         quiet: Without what it has to say on the terminal.
-        look: Called ``every`` so many seconds; true asks the command to stop.
+        look: Called every so many seconds (``every``); true asks the command to stop.
         threads: How many it may compute with on a CPU; None leaves that to the environment.
 
     Raises:
@@ -181,27 +192,31 @@ def _stop(command: Command, number: signal.Signals) -> int:
 
 
 @cache
-def warm_up() -> None:
-    """Start the server, which then imports while this process does something else."""
-    if PROCESSES.get_start_method() != "forkserver":
-        return
+def warm_up() -> Any:
+    """How processes are started here; with a server, it imports from now on, while this process does something else.
+
+    Returns:
+        One of ``multiprocessing``'s contexts.
+    """
+    if sys.platform != "linux":  # on a Mac what is forked must not use the system's libraries
+        return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver
 
-    PROCESSES.set_forkserver_preload([*PRELOADED])
-    # Python before 3.12.8 does not tell the server where this process finds its packages.
-    package, own = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
-    # OpenBLAS, which comes with NumPy and with SciPy, starts its threads when it is imported.
-    changed = {"PYTHONPATH": os.pathsep.join(filter(None, (package, own))), "OPENBLAS_NUM_THREADS": "1"}
-    before = {key: os.environ.get(key) for key in changed}
-    os.environ.update(changed)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
+    # Its life is decided by those who use it, and not by a Ctrl-C on the terminal or a signal to the whole group.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threads = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's OpenBLAS starts its threads when it is imported
     try:
         forkserver.ensure_running()
+    except OSError:  # the folder for temporary files has too long a name for a socket, or holds none
+        return multiprocessing.get_context("spawn")
     finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+        os.environ.pop("OPENBLAS_NUM_THREADS")
+        os.environ |= {"OPENBLAS_NUM_THREADS": threads} if threads else {}
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return context
 
 
 class _Descriptor:
@@ -222,14 +237,16 @@ def _become(module: str, arguments: list[str], cwd: str, environment: dict[str, 
     """In the new process: become what ``python -m <module>`` would be."""
     os.setsid()  # a Ctrl-C on the terminal is for the process that has started this one,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which passes it on
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for given, own, stream in ((stdout, 1, sys.stdout), (stderr, 2, sys.stderr)):
         os.dup2(given, own)
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.chdir(cwd)
+    environment = _added_by_imports() | environment
     os.environ.clear()
     os.environ.update(environment)
-    if (threads := environment.get("OMP_NUM_THREADS", "")).isdigit() and "torch" in sys.modules:
+    if (threads := environment.get("OMP_NUM_THREADS", "")).isdigit() and int(threads) and "torch" in sys.modules:
         import torch
 
         torch.set_num_threads(int(threads))  # it has read the variable in the server
@@ -237,13 +254,24 @@ def _become(module: str, arguments: list[str], cwd: str, environment: dict[str, 
     sys.argv[1:] = arguments
     sys.path.insert(0, cwd)
     sys.modules.pop(module, None)  # if the process that has started this one has it as its main module
+    for function in (logging.shutdown, weakref.finalize._exitfunc):  # type: ignore[attr-defined]
+        atexit.register(function)  # Python 3.13 has forgotten what imports in the server have registered
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except Exception:  # noqa: BLE001
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing does not in Python 3.11 to 3.13
+        atexit._run_exitfuncs()  # multiprocessing does not in Python 3.11 and 3.12
+
+
+def _added_by_imports() -> dict[str, str]:
+    """The variables that imports in the server have set, such as Lightning's for torch's look for a GPU."""
+    if multiprocessing.get_start_method() != "forkserver":
+        return {}
+    before = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
+    names = {each.partition("=")[0] for each in before}
+    return {name: value for name, value in os.environ.items() if name not in names}
 
 
 def _end_with_parent() -> None:

@@ -91,7 +91,7 @@ class MNISTClassifier(L.LightningModule):
     def metric_states(self, stage: str) -> list[dict[str, dict[str, Tensor]]]:
         """What the metrics of each process have gathered in this epoch so far: part of what a run goes on from.
 
-        Not their sum: one that is split elsewhere is rounded elsewhere, and then differs in its last bit.
+        Not their sum: grouped differently, it differs in the last bit.
         """
         own = {
             name: {key: value.clone() for key, value in metric.metric_state.items()}

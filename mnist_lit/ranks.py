@@ -96,7 +96,7 @@ def prepared_by_first(overrides: list[str], prepare: Callable[[list[str]], tuple
 
 @cache  # where it is the first process's, it closes with the last reference, and the others may not have read it yet
 def _store() -> Any:
-    """The store of torchrun's agent, or where it offers none one in the first process, as init_process_group has it."""
+    """The store of torchrun's agent or, where there is none, one in the first process that init_process_group shares."""
     import torch.distributed
 
     return next(torch.distributed.rendezvous("env://", timeout=LONGEST_PREPARATION))[0]

@@ -118,7 +118,7 @@ class RunRecorder(L.Callback):
         metrics = recorded["metrics"]
         if isinstance(metrics, dict):  # older checkpoints have the sum over all processes
             metrics = [metrics, *[None] * (trainer.world_size - 1)]
-        if metrics and (own := metrics[trainer.global_rank]):
+        if metrics and len(metrics) == trainer.world_size and (own := metrics[trainer.global_rank]):
             pl_module.load_metric_states("train", own)
 
 

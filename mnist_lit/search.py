@@ -46,6 +46,7 @@ class Search:
         self.retry = study._storage.get_heartbeat_stale_trial_callback()
 
     def work(self) -> None:
+        job.warm_up()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 for done in as_completed([pool.submit(self._work) for _ in range(self.workers)]):

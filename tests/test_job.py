@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -103,12 +104,12 @@ def test_a_job_that_is_killed_ends_alone(probe: Path, command: Command) -> None:
 
 def test_a_job_ends_with_who_has_started_it(probe: Path, command: Command) -> None:
     (probe / "parent.py").write_text(PARENT)
-    parent = command.start(cwd=probe, module="parent")
+    starter = command.start(cwd=probe, module="parent")
     deadline = time.monotonic() + 30
-    while not (number := parent.said().strip()):
-        assert time.monotonic() < deadline and parent.poll() is None
+    while not (number := starter.said().strip()):
+        assert time.monotonic() < deadline and starter.poll() is None
         time.sleep(0.05)
-    parent.send_signal(signal.SIGKILL)
+    starter.send_signal(signal.SIGKILL)
     while Path(f"/proc/{number}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -137,7 +138,88 @@ def test_twelve_jobs_take_at_most_three_times_one_command(tmp_path: Path) -> Non
 def test_where_there_is_no_such_server_a_job_is_a_process_from_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(job, "PROCESSES", multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(job, "warm_up", lambda: multiprocessing.get_context("spawn"))
     ended = job.run("train", ["data.sourc=sample"], cwd=tmp_path)
     assert (ended.code, ended.reason) == (1, "train: unknown key data.sourc; did you mean data.source?")
     assert capfd.readouterr().err == f"{ended.reason}\n"
+
+
+def parent(folder: Path, code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A process of its own, with a server that has little to import."""
+    (folder / "parent.py").write_text(
+        "import os, signal, sys, threading, time\nfrom pathlib import Path\nfrom mnist_lit import job\n"
+        "job.PRELOADED = ('json', 'slow_to_import')\n"
+        f"if __name__ == '__main__':\n{textwrap.indent(textwrap.dedent(code), '    ')}"
+    )
+    (folder / "slow_to_import.py").write_text("import time\ntime.sleep(0.5)\n")
+    return subprocess.run(
+        [sys.executable, "parent.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+        timeout=60,
+    )
+
+
+def test_the_server_lives_through_signals_to_the_whole_group(probe: Path) -> None:
+    done = parent(
+        probe,
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: print("signal", flush=True))
+        job.warm_up()
+        for pause in (0.2, 1.0):  # while it imports, and when it waits
+            time.sleep(pause)
+            os.killpg(0, signal.SIGINT)
+            os.killpg(0, signal.SIGTERM)
+        print(job.Command("probe", ["says"]).wait())
+        """,
+    )
+    assert done.returncode == 0 and done.stdout.count("signal\n") == 4, done.stderr
+    assert done.stdout.endswith("exit handlers run\n1\n") and "Traceback" not in done.stderr
+
+
+def test_a_job_whose_server_was_killed_ends(probe: Path) -> None:
+    done = parent(
+        probe,
+        """
+        with open("number", "w") as file:
+            waiting = job.Command("probe", ["waits"], stdout=file.fileno())
+        while not (text := Path("number").read_text()):
+            time.sleep(0.05)
+        server = int(Path(f"/proc/{text.strip()}/stat").read_text().split()[3])
+        os.kill(server, signal.SIGKILL)
+        print(waiting.wait(20))
+        time.sleep(0.2)
+        stat = Path(f"/proc/{waiting.pid}/stat")
+        print(not stat.exists() or stat.read_text().split()[2] == "Z")
+        waiting.send_signal(signal.SIGTERM)
+        print(job.Command("probe", ["says"]).wait(20))  # by another server
+        """,
+    )
+    assert done.stdout.splitlines()[:2] == ["-9", "True"], done.stderr
+    assert done.stdout.endswith("\n1\n")
+
+
+def test_several_threads_start_jobs_and_leave_the_environment_as_it_was(probe: Path) -> None:
+    done = parent(
+        probe,
+        """
+        before, codes = dict(os.environ), []
+        threads = [threading.Thread(target=lambda: codes.append(job.Command("probe", ["says"]).wait())) for _ in range(4)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(codes, dict(os.environ) == before)
+        """,
+    )
+    assert done.stdout.endswith("[1, 1, 1, 1] True\n"), done.stderr
+
+
+def test_where_no_socket_can_be_made_a_job_is_a_process_from_nothing(probe: Path) -> None:
+    folder = probe / ("long" * 25)
+    folder.mkdir()
+    done = parent(probe, 'print(job.Command("probe", ["says"]).wait())', TMPDIR=str(folder))
+    assert done.stdout.endswith("exit handlers run\n1\n"), done.stderr
