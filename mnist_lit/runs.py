@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+@cache
 def versions() -> dict[str, str]:
     own = {"mnist_lit": __version__, "python": platform.python_version()}
     return own | {name: importlib.metadata.version(name) for name in PACKAGES}

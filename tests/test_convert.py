@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 import torch
@@ -18,8 +17,14 @@ from mnist_lit.model import MNISTClassifier
 FORMATS = ["channels_last", "channels_first"]
 
 
+keras: Any = None
+
+
 @pytest.fixture(autouse=True)
 def keras_seed() -> None:
+    global keras
+    import keras  # ten seconds, which only the process that runs these tests is to spend
+
     keras.utils.set_random_seed(7)
 
 
@@ -151,7 +156,7 @@ def test_a_wrong_flatten_order_would_be_noticed(monkeypatch: pytest.MonkeyPatch)
 def changed(position: int, layer: Any) -> Any:
     """The tutorial's Keras model with one layer replaced, or left out."""
     replaced = [*keras_tutorial().layers]
-    replaced[position : position + 1] = [layer] if layer else []
+    replaced[position : position + 1] = [layer()] if layer else []
     return keras.Sequential(
         [keras.Input((28, 28, 1)), *(type(old).from_config(old.get_config()) for old in replaced[1:])]
     )
@@ -160,10 +165,18 @@ def changed(position: int, layer: Any) -> Any:
 @pytest.mark.parametrize(
     ("position", "layer", "difference"),
     [
-        (6, keras.layers.Dense(128, activation="sigmoid"), "this project's dense1.* has units=128 instead of 250"),
-        (6, keras.layers.Dense(250, activation="relu"), "dense1.* has activation=relu instead of sigmoid"),
-        (2, keras.layers.Conv2D(64, 5, activation="relu"), r"conv2.* has kernel_size=\(5, 5\) instead of \(3, 3\)"),
-        (3, keras.layers.MaxPooling2D(2), r"pool.* has pool_size=\(2, 2\) instead of \(3, 3\)"),
+        (
+            6,
+            lambda: keras.layers.Dense(128, activation="sigmoid"),
+            "this project's dense1.* has units=128 instead of 250",
+        ),
+        (6, lambda: keras.layers.Dense(250, activation="relu"), "dense1.* has activation=relu instead of sigmoid"),
+        (
+            2,
+            lambda: keras.layers.Conv2D(64, 5, activation="relu"),
+            r"conv2.* has kernel_size=\(5, 5\) instead of \(3, 3\)",
+        ),
+        (3, lambda: keras.layers.MaxPooling2D(2), r"pool.* has pool_size=\(2, 2\) instead of \(3, 3\)"),
         (4, None, "the layers are Conv2D, Conv2D, MaxPooling2D, Flatten, Dense, Dense instead of"),
     ],
 )

@@ -24,8 +24,8 @@ from mnist_lit.train import train
 
 VARIANTS = {
     "plain": [],
-    "validated": ["data.val_size=200"],
-    "validated within the epoch": ["data.val_size=200", "trainer.val_check_interval=2"],
+    "validated": ["data.val_size=40"],
+    "validated within the epoch": ["data.val_size=40", "trainer.val_check_interval=2"],
     "two batches a step": ["trainer.accumulate_grad_batches=2"],
     "so many steps": ["trainer.max_steps=5"],
 }
@@ -64,7 +64,7 @@ def resumed(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     "variant", [*FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in VARIANTS if each not in FIRST)]
 )
 def test_01_stopped_at_any_step_a_run_goes_on_with_the_same_bits(variant: str, tmp_path: Path, monkeypatch) -> None:
-    settings = small(*VARIANTS[variant])
+    settings = small("data.batch_size=20", *VARIANTS[variant])
     batches = Batches(monkeypatch)
     train(tmp_path / "whole", **settings)
     expected, order = final(tmp_path / "whole"), batches.seen[:]

@@ -153,7 +153,7 @@ def test_28_29_what_machine_and_data_do_not_allow_is_refused_before_any_work(
     ],
 )
 def test_flags_that_people_use_work(override: str, tmp_path: Path) -> None:
-    results = train(tmp_path / "run", **small("data.val_size=200", "data.batch_size=20", override))
+    results = train(tmp_path / "run", **small("data.val_size=40", "data.batch_size=20", override))
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
     assert len(rows) == results["epochs"] == len(results["epoch_seconds"]) > 0
     assert 0 < results["test/loss"] < 10
