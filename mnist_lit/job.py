@@ -88,7 +88,12 @@ class Command:
         given = (module, list(arguments), str(cwd or Path.cwd()), dict(environment or os.environ))
         with _one_at_a_time, loading("PyTorch and Lightning"):  # by the server, before its first one
             self._process: BaseProcess = warm_up().Process(target=_become, args=(*given, *outputs), name=module)
-            self._process.start()
+            own = multiprocessing.get_start_method(allow_none=True)
+            multiprocessing.set_start_method(None, force=True)  # in joblib's processes it is one that only they know
+            try:
+                self._process.start()
+            finally:
+                multiprocessing.set_start_method(own, force=True)
 
     @property
     def pid(self) -> int:

@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import pytest
 from filelock import FileLock
-from helpers import differences, shortened, small
+from helpers import ROOT, differences, shortened, small
 
 from mnist_lit import job
 from mnist_lit.configuration import settings
@@ -63,7 +63,7 @@ class Started(job.Command):
     def __init__(self, module: str, arguments: Sequence[str], cwd: Path, environment: dict[str, str]) -> None:
         self.arguments = arguments
         self.out, self.errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-        everything = {**os.environ, **environment}
+        everything = {**os.environ, "PYTHONPATH": str(ROOT), **environment}  # for what it starts from nothing
         outputs = self.out.fileno(), self.errors.fileno()
         super().__init__("warm", [module, *arguments], cwd, everything, *outputs)
 

@@ -223,3 +223,19 @@ def test_where_no_socket_can_be_made_a_job_is_a_process_from_nothing(probe: Path
     folder.mkdir()
     done = parent(probe, 'print(job.Command("probe", ["says"]).wait())', TMPDIR=str(folder))
     assert done.stdout.endswith("exit handlers run\n1\n"), done.stderr
+
+
+def test_a_process_whose_own_way_to_start_others_is_unknown_elsewhere_starts_jobs(probe: Path) -> None:
+    """As joblib's have."""
+    done = parent(
+        probe,
+        """
+        import multiprocessing.context
+        class OtherContext(multiprocessing.context.SpawnContext):
+            _name = "other"
+        multiprocessing.context._concrete_contexts["other"] = OtherContext()
+        multiprocessing.set_start_method("other")
+        print(job.Command("probe", ["says"]).wait(), multiprocessing.get_start_method())
+        """,
+    )
+    assert done.stdout.endswith("exit handlers run\n1 other\n"), done.stderr
