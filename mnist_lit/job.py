@@ -267,7 +267,9 @@ def _become(module: str, arguments: list[str], cwd: str, environment: dict[str, 
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing does not in Python 3.11 and 3.12
+        # As Python ends a process, and multiprocessing does not, or in another order.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
 
 
 def _added_by_imports() -> dict[str, str]:

@@ -16,8 +16,9 @@ from helpers import QUICK, ROOT, results
 from mnist_lit import job
 
 PROBE = """
-import atexit, os, sys
+import atexit, os, sys, threading, time
 atexit.register(print, "exit handlers run")
+threading.Thread(target=lambda: time.sleep(0.1) or print("thread ended")).start()
 if sys.argv[1] == "modules":
     sys.argv.pop(1)
     before = set(sys.modules)
@@ -68,7 +69,7 @@ def test_the_server_has_imported_and_not_computed(probe: Path, command: Command)
 
 def test_a_job_is_what_a_typed_command_is(probe: Path, command: Command) -> None:
     done = command.start("says", "a b", cwd=probe, module="probe", environment={"OF_THE_TEST": "ä"}).ended()
-    assert done.stdout == f"__main__ probe ['says', 'a b'] {probe} {probe} ä True\nexit handlers run\n"
+    assert done.stdout == f"__main__ probe ['says', 'a b'] {probe} {probe} ä True\nthread ended\nexit handlers run\n"
     assert (done.returncode, done.stderr) == (1, "as the test wants it\n")
     raised = command.start("raises", cwd=probe, module="probe").ended()
     assert raised.returncode == 1 and raised.stderr.endswith("\nZeroDivisionError: as the test wants it\n")
@@ -169,7 +170,7 @@ def test_the_server_lives_through_signals_to_the_whole_group(probe: Path) -> Non
         probe,
         """
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: print("signal", flush=True))
+            signal.signal(number, lambda *_: os.write(1, b"signal\\n"))
         job.warm_up()
         for pause in (0.2, 1.0):  # while it imports, and when it waits
             time.sleep(pause)
@@ -178,7 +179,7 @@ def test_the_server_lives_through_signals_to_the_whole_group(probe: Path) -> Non
         print(job.Command("probe", ["says"]).wait())
         """,
     )
-    assert done.returncode == 0 and done.stdout.count("signal\n") == 4, done.stderr
+    assert done.returncode == 0 and done.stdout.count("signal\n") == 4, done
     assert done.stdout.endswith("exit handlers run\n1\n") and "Traceback" not in done.stderr
 
 
