@@ -205,10 +205,11 @@ def warm_up() -> Any:
     """
     if sys.platform != "linux":  # on a Mac what is forked must not use the system's libraries
         return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
+    resource_tracker.ensure_running()  # the server starts it otherwise, which unblocks signals
     # Its life is decided by those who use it, and not by a Ctrl-C on the terminal or a signal to the whole group.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threads = os.environ.get("OPENBLAS_NUM_THREADS")

@@ -1,6 +1,7 @@
 """A device that is not the CPU: every PyTorch has one, "lazy", which records operations and runs them later."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,21 @@ DEVICES = [
 ]
 
 
+@cache
+def _begin() -> None:
+    """To be called once in a process, and the fixture may be set up several times."""
+    import torch._lazy.ts_backend
+
+    torch._lazy.ts_backend.init()
+
+
 @pytest.fixture(scope="module", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """What of ``trainer`` is to be otherwise."""
     if request.param == "gpu":
         yield {"accelerator": "gpu", "strategy": "auto"}
         return
-    import torch._lazy.ts_backend
-
-    torch._lazy.ts_backend.init()
+    _begin()
     AcceleratorRegistry.register("lazy", LazyAccelerator)
     StrategyRegistry.register("lazy", LazyStrategy)
     # It lacks a view that inference mode wants of linear layers.
