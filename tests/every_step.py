@@ -15,8 +15,13 @@ from mnist_lit import Stopped, runs
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.train import train
 
-STEPS_OF_AN_EPOCH = 5
-SETTINGS = small(f"trainer.limit_train_batches={STEPS_OF_AN_EPOCH}", "trainer.devices=2")
+STEPS_OF_AN_EPOCH = 8
+SETTINGS = small(
+    "data.batch_size=60",
+    f"trainer.limit_train_batches={STEPS_OF_AN_EPOCH}",
+    "trainer.devices=2",
+    "trainer.max_epochs=1",
+)
 
 
 def main() -> None:

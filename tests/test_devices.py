@@ -110,6 +110,11 @@ def trained(device: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+def weights_of(folder: Path) -> torch.Tensor:
+    """Of the second convolution; channels-last only where that is good."""
+    return torch.load(folder / runs.LAST, weights_only=True)["state_dict"]["network.conv2.weight"]
+
+
 def test_a_run_ends_as_on_the_cpu(trained: Path, device: dict[str, Any], tmp_path: Path) -> None:
     """Without dropout, whose draws are the device's own."""
     one, other = (
@@ -122,6 +127,8 @@ def test_a_run_ends_as_on_the_cpu(trained: Path, device: dict[str, Any], tmp_pat
     assert one["device"] != other["device"] == results(tmp_path / "cpu")["device"]
     for key in ("train/loss", "val/loss", "test/loss"):
         assert one[key] == pytest.approx(other[key], rel=1e-3), key
+    contiguous = {name: weights_of(tmp_path / name).is_contiguous() for name in ("device", "cpu")}
+    assert contiguous == {"device": "cuda" not in str(torch.accelerator.current_accelerator()), "cpu": False}
     assert {path.name for path in trained.iterdir()} >= {"metrics.csv", "report.html", "metrics.json", "checkpoints"}
 
 
