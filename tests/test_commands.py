@@ -178,7 +178,7 @@ def _clean_copy(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_every_verb_as_a_user_types_it(finished_run: Path, digits: tuple[Any, Any], tmp_path: Path) -> None:
-    """Started from nothing, with the line about what is being loaded; serve is started so in test_serve.py."""
+    """Started from nothing; serve is so in test_serve.py."""
     Image.fromarray(digits[0][0]).save(tmp_path / "digit.png")
     sample, ckpt = ["data.source=sample", "trainer.accelerator=cpu"], f"ckpt={finished_run}"
     few = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "~space.data"]
@@ -200,5 +200,5 @@ def test_every_verb_as_a_user_types_it(finished_run: Path, digits: tuple[Any, An
         )
         assert done.returncode == 0, done.stderr
         assert list(tmp_path.glob(f"**/{Path(result).name}")), (verb, done.stdout)
-        if verb != "tune":  # its trials do that
-            assert done.stderr.startswith("loading "), done.stderr
+        if verb == "train":  # the others may be faster than the second after which it is said
+            assert done.stderr.startswith("loading PyTorch and Lightning ...\n"), done.stderr
