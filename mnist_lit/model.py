@@ -145,9 +145,8 @@ class MNISTClassifier(L.LightningModule):
         metrics = self._metrics(stage)
         if not len(labels):  # of the last images there can be fewer than processes
             return loss, logits
-        metrics["loss"].update(
-            loss.detach().expand(len(labels))
-        )  # the mean over images, however large the last batch is
+        # Once an image: the mean is over images, however large the last batch is.
+        metrics["loss"].update(loss.detach().expand(len(labels)))
         metrics["acc"].update(logits.detach(), labels)
         return loss, logits
 

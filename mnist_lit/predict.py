@@ -99,18 +99,13 @@ def find_pictures(wanted: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
     for each in map(str, wanted):
         each = os.path.expanduser(each)
         if Path(each).is_dir():
-            files, error = (
-                _in_folder(Path(each), ENDINGS),
-                f"there are no pictures in this folder ({', '.join(ENDINGS)})",
-            )
+            files, error = _in_folder(Path(each)), f"there are no pictures in this folder ({', '.join(ENDINGS)})"
         elif Path(each).exists() or not glob.has_magic(each):
             files, error = [each], ""
         else:
             matches = sorted(glob.glob(each, recursive=True))
             files = [
-                file
-                for match in matches
-                for file in (_in_folder(Path(match), ENDINGS) if Path(match).is_dir() else [match])
+                file for match in matches for file in (_in_folder(Path(match)) if Path(match).is_dir() else [match])
             ]
             error = "no file is of this pattern"
         if not files:
@@ -121,8 +116,10 @@ def find_pictures(wanted: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
                 yield file, "" if Path(file).exists() else "there is no such file"
 
 
-def _in_folder(folder: Path, endings: tuple[str, ...]) -> list[str]:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in endings and not path.name.startswith("."))
+def _in_folder(folder: Path) -> list[str]:
+    from mnist_lit.images import ENDINGS
+
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
     return sorted(str(path) for path in files if path.is_file())
 
 

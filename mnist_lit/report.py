@@ -32,9 +32,8 @@ def learning_curve(history: list[dict[str, Any]], results: dict[str, Any], path:
         path: The picture's file; its ending decides the format.
     """
     figure = Figure(figsize=(9, 3.8))
-    figure.subplots_adjust(
-        left=0.07, right=0.99, top=0.86, bottom=0.13, wspace=0.16
-    )  # a layout engine takes as long again
+    # A layout engine would take as long as the drawing itself.
+    figure.subplots_adjust(left=0.07, right=0.99, top=0.86, bottom=0.13, wspace=0.16)
     for axes, key in zip(figure.subplots(1, 2), CURVES, strict=True):
         _draw_curve(axes, key, history, results)
         axes.set_title(CURVES[key])

@@ -6,6 +6,7 @@ python tests/soak_sweep.py
 Required at the end: 27 good results, three failures with their reasons, none of the 27 run twice, no process left.
 """
 
+import contextlib
 import csv
 import os
 import re
@@ -49,10 +50,24 @@ def finished(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.parent.name: (path.stat().st_mtime_ns, (path.parent / "train.log").read_bytes()) for path in paths}
 
 
-def processes(sweep: int) -> list[str]:
-    """The processes of the sweep: those that it has started, and those with its folder on their command line."""
-    lines = subprocess.check_output(["ps", "-ewwo", "pid,ppid,args"], text=True).splitlines()[1:]
-    return [line for line in lines if str(Path.cwd() / "sweep") in line or int(line.split()[1]) == sweep]
+def processes(sweep: int) -> list[int]:
+    """The processes of the sweep: those that it has started, and those that they have."""
+    lines = subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True).splitlines()
+    parents = {int(process): int(parent) for process, parent in map(str.split, lines)}
+    found, more = [], [sweep]
+    while more:
+        more = [process for process, parent in parents.items() if parent in more]
+        found += more
+    return found
+
+
+def trains() -> bool:
+    """Whether a process has the folder of a job open."""
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it has been closed
+            if Path(os.readlink(path)).parent == Path.cwd() / "sweep":
+                return True
+    return False
 
 
 def main() -> None:
@@ -68,14 +83,14 @@ def main() -> None:
     while len(finished(Path("sweep"))) < 10:
         time.sleep(0.1)
         assert sweep.poll() is None, f"the sweep ended by itself: {Path.cwd()}"
-    its = [int(line.split()[0]) for line in processes(sweep.pid)]
-    assert len(its) >= 4, its  # two of joblib, two that train
+    its = processes(sweep.pid)
+    assert len(its) >= 6, its  # two of joblib, their two servers, two that train
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     deadline = time.monotonic() + 60
     while (left := [number for number in its if Path(f"/proc/{number}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not left and not processes(sweep.pid), f"processes are left behind: {left}"
+    assert not left and not trains(), f"processes are left behind: {left}"
     before = finished(Path("sweep"))
     print(
         f"killed with {len(before)} of 30 finished; no process is left {60 - (deadline - time.monotonic()):.1f} s later"
