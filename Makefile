@@ -19,10 +19,10 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 TESTS = $(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
-# Where the full MNIST is or goes, for demo, results and bench.
+# Where the full MNIST is or goes, for demo, results, bench and fidelity.
 DATA ?= data
 
-.PHONY: help base setup train demo test test-all check results bench soak lock
+.PHONY: help base setup train demo test test-all check results peers bench fidelity soak lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -69,10 +69,15 @@ results: setup  ## train five seeds on the full MNIST (DATA=FOLDER) and write do
 	$(RUN) benchmarks/seeds.py $(FOLDER)
 
 # In an environment of its own, because the peers are many and large, and not locked.
-bench: setup  ## time this project against its peers (DATA=FOLDER) and write docs/speed.md
+peers: setup
 	@test -x $(VENV)-bench/bin/python || $(RUN) -m venv --without-pip $(VENV)-bench
-	@$(UV) pip install --quiet --python $(VENV)-bench/bin/python -r pyproject.toml --group bench
+	@$(UV) pip install --quiet --compile-bytecode --python $(VENV)-bench/bin/python -r pyproject.toml --group bench
+
+bench: peers  ## time this project against its peers (DATA=FOLDER) and write docs/speed.md
 	$(VENV)-bench/bin/python benchmarks/bench.py $(DATA) $(ARGS)
+
+fidelity: peers  ## train with many seeds, here and with Keras (DATA=FOLDER; hours), and write docs/fidelity.md
+	$(RUN) benchmarks/fidelity.py $(DATA) $(ARGS)
 
 soak: setup  ## kill runs and a sweep at random moments and go on with them: the same results every time?
 	$(RUN) -W ignore tests/soak.py $(ARGS)

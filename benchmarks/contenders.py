@@ -44,16 +44,18 @@ def for_channels_last(weights: list[np.ndarray]) -> list[np.ndarray]:
     return [w1.transpose(2, 3, 1, 0), b1, w2.transpose(2, 3, 1, 0), b2, w3, b3, w4.T, b4]
 
 
-def pixels(data: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [60000, 28, 28] and int64 [60000]; not by ``read_mnist``, which would bring torch into every peer's memory."""
+def pixels(data: str, part: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [N, 28, 28] and int64 [N] of the ``train`` or ``t10k`` files; not by ``read_mnist``, which would bring torch
+    into every peer's memory."""
     raw = Path(data) / "MNIST" / "raw"
-    images = np.frombuffer((raw / "train-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(-1, 28, 28)
-    labels = np.frombuffer((raw / "train-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)
+    images = np.frombuffer((raw / f"{part}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(-1, 28, 28)
+    labels = np.frombuffer((raw / f"{part}-labels-idx1-ubyte").read_bytes(), np.uint8, offset=8)
     return images, labels.astype(np.int64)
 
 
-def arrays(data: str) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = pixels(data)
+def mnist(data: str, part: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """float32 [N, 28, 28, 1] from 0 to 1, and int64 [N]."""
+    images, labels = pixels(data, part)
     return images[..., None].astype(np.float32) / 255, labels
 
 
@@ -204,7 +206,7 @@ def keras(backend: str, data: str, epochs: int, batches: int) -> Any:
         ]
     )
     model.compile(k.optimizers.Adadelta(1.0, rho=0.95, epsilon=1e-7), "categorical_crossentropy")
-    images, labels = arrays(data)
+    images, labels = mnist(data)
     one_hot = k.utils.to_categorical(labels, 10)
     if not epochs:
         model.set_weights(for_channels_last(initial_weights()))
@@ -237,7 +239,7 @@ def flax_optax(data: str, epochs: int, batches: int) -> Any:
             return nn.Dense(10)(x)
 
     network = Network(0.5 if epochs else 0.0)
-    images, labels = arrays(data)
+    images, labels = mnist(data)
     keys = iter(jax.random.split(jax.random.key(0), 100_000))
     parameters = network.init({"params": next(keys), "dropout": next(keys)}, images[:1])
     if not epochs:
@@ -304,7 +306,7 @@ def tinygrad(data: str, epochs: int, batches: int) -> Any:
         for parameter, weights in zip(parameters, initial_weights(), strict=True):
             parameter.assign(Tensor(weights)).realize()
     optimizer = Adadelta(parameters)
-    images, labels = arrays(data)
+    images, labels = mnist(data)
 
     @TinyJit
     @Tensor.train()

@@ -1,0 +1,201 @@
+"""Does a whole training here end where Keras' own does? Train both with many seeds; write docs/fidelity.md, .json, .png.
+
+python benchmarks/fidelity.py DATA [--keras 12] [--ours 20] [--variant NAME SEEDS OVERRIDE ...]
+
+A process for each training, Keras and this project in turn. What is finished is in docs/fidelity.json; the same command
+goes on after a kill, and with more seeds after a finished one. A variant is this project with something changed, to find
+the cause of a difference: --variant "plain path" 8 model.compiled=false
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy import stats
+
+ROOT = Path(__file__).parents[1]
+DOCS, RUNS = ROOT / "docs", ROOT / "outputs" / "fidelity"
+KERAS, OURS = "Keras on TensorFlow", "mnist_lit"
+MARK = 0.0005  # the half-width of a test accuracy's interval that settles it
+
+HEAD = """\
+# Fidelity
+
+The tutorial, 12 epochs of the full MNIST with Adadelta's learning rate set to 1.0, trained with many seeds by Keras on
+TensorFlow (`benchmarks/tutorial_keras.py`) and by this project as it is shipped. `make fidelity DATA=FOLDER` made this
+page, `fidelity.json` and the picture. Intervals are of 95 %: of a mean by Student's t, of a difference by Welch's.
+
+![every seed's test accuracy, and the training loss of each epoch](fidelity.png)
+"""
+
+
+def train_keras(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    python = ROOT / ".venv-bench" / "bin" / "python"
+    done = subprocess.run(
+        [python, "benchmarks/tutorial_keras.py", data, str(seed)], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def train_ours(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    folder = RUNS / "_".join([*overrides, f"seed={seed}"])
+    where = f"resume={folder}" if (folder / "config.yaml").exists() else f"hydra.run.dir={folder}"
+    settings = [f"data.dir={data}", "data.source=mnist", f"seed={seed}", "trainer.enable_progress_bar=false"]
+    subprocess.run(
+        [sys.executable, "-m", "mnist_lit.train", where, *overrides, *settings],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    results = json.loads((folder / "metrics.json").read_text())
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    return {
+        "test/acc": results["test/acc"],
+        "test/loss": results["test/loss"],
+        "train/acc": [float(row["train/acc"]) for row in rows],
+        "train/loss": [float(row["train/loss"]) for row in rows],
+        "seconds": results["fit_seconds"],
+        "versions": results["versions"],
+    }
+
+
+def commit() -> str:
+    """The commit that is checked out, with ``-dirty`` if files differ from it."""
+    described = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """The mean and the half-width of its interval."""
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(half)
+
+
+def difference(ours: list[float], keras: list[float]) -> tuple[float, float]:
+    """The difference of the means and the half-width of its interval."""
+    interval = stats.ttest_ind(ours, keras, equal_var=False).confidence_interval(0.95)
+    return statistics.mean(ours) - statistics.mean(keras), float(interval.high - interval.low) / 2
+
+
+def values(runs: list[dict[str, Any]], key: str, epoch: int | None = None) -> list[float]:
+    return [run[key] if epoch is None else run[key][epoch] for run in runs]
+
+
+def document(state: dict[str, list[dict[str, Any]]]) -> str:
+    def with_half(pair: tuple[float, float], sign: str = "") -> str:
+        return f"{pair[0]:{sign}.5f} ± {pair[1]:.5f}"
+
+    keras, ours = state[KERAS], state[OURS]
+    lines = [HEAD, "| | seeds | test accuracy | test loss | train accuracy, last epoch | train loss, last epoch |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    numbers = [("test/acc", None), ("test/loss", None), ("train/acc", -1), ("train/loss", -1)]
+    for name, runs in state.items():
+        cells = [with_half(mean_and_half(values(runs, *number))) for number in numbers]
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    for name, runs in list(state.items())[1:]:
+        cells = [with_half(difference(values(runs, *n), values(keras, *n)), "+") for n in numbers]
+        lines.append(f"| **{name} minus Keras** | | {' | '.join(cells)} |")
+    differences = [difference(values(ours, *n), values(keras, *n)) for n in numbers]
+    contain = all(abs(mean) <= half for mean, half in differences)
+    half = differences[0][1]
+    verdict = (
+        "**Equal**: each of the four intervals contains 0"
+        if contain
+        else "**Not equal**: not every one of the four intervals contains 0"
+    )
+    settled = "at most" if half <= MARK else "not yet at most"
+    lines += ["", f"{verdict}, and that of test accuracy is {settled} {MARK} wide on either side ({half:.5f})."]
+    lines += ["", "## Training, epoch by epoch", "", "| epoch | train loss: Keras | here | difference |"]
+    lines[-1] += " train accuracy: Keras | here | difference |"
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    outside = 0
+    for epoch in range(len(ours[0]["train/loss"])):
+        cells = []
+        for key in ("train/loss", "train/acc"):
+            mean, half = difference(values(ours, key, epoch), values(keras, key, epoch))
+            outside += abs(mean) > half
+            cells += [f"{statistics.mean(values(runs, key, epoch)):.5f}" for runs in (keras, ours)]
+            cells.append(with_half((mean, half), "+"))
+        lines.append(f"| {epoch + 1} | {' | '.join(cells)} |")
+    count = 2 * len(ours[0]["train/loss"])
+    lines += ["", f"{outside} of these {count} intervals do not contain 0; by chance alone 1 in 20 would not."]
+    lines += ["", "## Every seed", "", "| | seed | test accuracy | test loss | seconds | commit |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for name, runs in state.items():
+        for run in sorted(runs, key=lambda run: run["seed"]):
+            cells = [f"{run['test/acc']:.4f}", f"{run['test/loss']:.4f}", f"{run['seconds']:.0f}", run["commit"]]
+            lines.append(f"| {name} | {run['seed']} | {' | '.join(cells)} |")
+    pairs = [pair for runs in state.values() for run in runs for pair in run["versions"].items()]
+    versions = dict.fromkeys(f"{name} {number}" for name, number in pairs)
+    lines += ["", f"Versions: {', '.join(versions)}."]
+    return "\n".join(lines) + "\n"
+
+
+def picture(state: dict[str, list[dict[str, Any]]]) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    every_seed, epochs = figure.subplots(1, 2)
+    for number, runs in enumerate(state.values()):
+        accuracies = values(runs, "test/acc")
+        mean, half = mean_and_half(accuracies)
+        every_seed.plot([number] * len(runs), accuracies, ".", color=f"C{number}", alpha=0.4)
+        every_seed.errorbar(number + 0.15, mean, half, fmt="o", capsize=4, color=f"C{number}")
+    every_seed.set_xticks(range(len(state)), [f"{name}\n{len(runs)} seeds" for name, runs in state.items()])
+    every_seed.set_xlim(-0.5, len(state) - 0.5)
+    every_seed.set_title("test accuracy: seeds, mean, 95 % interval")
+    differences = [
+        difference(values(state[OURS], "train/loss", epoch), values(state[KERAS], "train/loss", epoch))
+        for epoch in range(len(state[OURS][0]["train/loss"]))
+    ]
+    means, halves = zip(*differences, strict=True)
+    epochs.errorbar(range(1, len(means) + 1), means, halves, fmt="o", capsize=4)
+    epochs.axhline(0, color="black", linewidth=0.8)
+    epochs.set_title("train loss, mnist_lit minus Keras")
+    epochs.set_xlabel("epoch")
+    figure.savefig(DOCS / "fidelity.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--keras", type=int, default=12, metavar="SEEDS")
+    parser.add_argument("--ours", type=int, default=20, metavar="SEEDS")
+    parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="NAME SEEDS OVERRIDE")
+    arguments = parser.parse_args()
+    data = str(Path(arguments.data).absolute())
+    wanted: dict[str, tuple[int, Any, list[str]]] = {
+        KERAS: (arguments.keras, train_keras, []),
+        OURS: (arguments.ours, train_ours, []),
+    }
+    wanted |= {name: (int(count), train_ours, overrides) for name, count, *overrides in arguments.variant}
+    path = DOCS / "fidelity.json"
+    state: dict[str, list[dict[str, Any]]] = {KERAS: [], OURS: []}
+    state |= json.loads(path.read_text()) if path.exists() else {}
+    missing = [
+        ((seed + 0.5) / count, name, seed, train, overrides)
+        for name, (count, train, overrides) in wanted.items()
+        for seed in range(count)
+        if seed not in [run["seed"] for run in state.get(name, [])]
+    ]
+    for done, (_, name, seed, train, overrides) in enumerate(sorted(missing, key=lambda each: each[0])):
+        print(f"{done + 1} of {len(missing)}: {name}, seed {seed}", flush=True)
+        run = {"seed": seed, "commit": commit(), **train(data, seed, overrides)}
+        state.setdefault(name, []).append(run)
+        path.with_suffix(".part").write_text(json.dumps(state, indent=1) + "\n")
+        path.with_suffix(".part").replace(path)
+        print(f"test accuracy {run['test/acc']:.4f}, loss {run['test/loss']:.4f}, {run['seconds']:.0f} s", flush=True)
+    if min(len(runs) for runs in state.values()) < 2:
+        sys.exit("an interval needs two seeds")
+    (DOCS / "fidelity.md").write_text(document(state))
+    picture(state)
+    print((DOCS / "fidelity.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The tutorial itself, in Keras 3 on TensorFlow, its learning rate set to 1.0; prints one JSON object.
+
+python benchmarks/tutorial_keras.py DATA SEED [EPOCHS]     in the peers' environment, which `make bench` makes
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import keras
+import tensorflow
+from contenders import mnist
+from keras import layers
+
+
+def main(data: str, seed: int, epochs: int = 12) -> None:
+    started = time.perf_counter()
+    keras.utils.set_random_seed(seed)
+    x_train, y_train = mnist(data, "train")
+    x_test, y_test = mnist(data, "t10k")
+
+    inputs = layers.Input(shape=(28, 28, 1))
+    x = layers.Conv2D(32, kernel_size=(3, 3), activation="relu")(inputs)
+    x = layers.Conv2D(64, (3, 3), activation="relu")(x)
+    x = layers.MaxPooling2D(pool_size=(3, 3))(x)
+    x = layers.Dropout(0.5)(x)
+    x = layers.Flatten()(x)
+    x = layers.Dense(250, activation="sigmoid")(x)
+    outputs = layers.Dense(10, activation="softmax")(x)
+    model = keras.Model(inputs, outputs)
+    model.compile(
+        optimizer=keras.optimizers.Adadelta(learning_rate=1.0),
+        loss="categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    history = model.fit(x_train, keras.utils.to_categorical(y_train), epochs=epochs, batch_size=500, verbose=0).history
+    loss, accuracy = model.evaluate(x_test, keras.utils.to_categorical(y_test), verbose=0)
+    result = {
+        "test/acc": accuracy,
+        "test/loss": loss,
+        "train/acc": history["accuracy"],
+        "train/loss": history["loss"],
+        "seconds": time.perf_counter() - started,
+        "versions": {"keras": keras.__version__, "tensorflow": tensorflow.__version__},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *(int(argument) for argument in sys.argv[2:]))
