@@ -53,10 +53,11 @@ demo: setup  ## draw a digit: serve the newest trained model, or train a small o
 	$(RUN) -m mnist_lit.serve open_browser=true $(ARGS)
 
 test: setup  ## run the tests that need no more than the package; MNIST_LIT_DATA=FOLDER lets them use the full MNIST
-	$(TESTS) -m "not slow and not browser and not services" $(ARGS)
+	$(TESTS) -m "not slow and not alone and not browser and not services" $(ARGS)
 
 test-all: setup  ## run all tests, with Chromium, PostgreSQL and Ray where they are
-	$(TESTS) $(ARGS)
+	$(TESTS) -m "not alone" $(ARGS)
+	$(RUN) -m pytest -m alone
 
 check: setup  ## lint, formatting, types
 	$(RUN) -m ruff check

@@ -9,7 +9,6 @@ threads are forked and no GPU is in use. Elsewhere the process imports all that 
 
 import atexit
 import contextlib
-import gc
 import logging
 import multiprocessing
 import os
@@ -28,17 +27,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from mnist_lit.launch import loading
+from mnist_lit import launch
 
 SECONDS_TO_STOP = 60.0  # for the step under way and its checkpoint
 SERVER_LOST = 255  # the exit code that multiprocessing gives a process whose server was killed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What a training run imports of other packages; this one's modules each job reads as they are when it starts.
-PRELOADED = (
-    *("torch", "torch._dynamo", "torchvision.datasets", "torchmetrics.classification", "lightning.pytorch.loggers"),
-    *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "PIL.PpmImagePlugin", "hydra"),
-    *("tqdm.contrib.logging", "jinja2", "filelock"),
-)
+PRELOADED = ("mnist_lit.preloaded",)
 _one_at_a_time = threading.Lock()  # multiprocessing's processes are not to be started or asked by two threads at once
 
 
@@ -74,6 +68,7 @@ class Command:
         environment: All of its environment; None for this process's.
         stdout: The open file that it writes to.
         stderr: The same for its errors.
+        composed: The configuration that the arguments give, where it has been composed and checked already.
     """
 
     def __init__(
@@ -84,10 +79,11 @@ class Command:
         environment: Mapping[str, str] | None = None,
         stdout: int = 1,
         stderr: int = 2,
+        composed: Any = None,
     ) -> None:
         outputs = (_Descriptor(stdout), _Descriptor(stderr))
-        given = (module, list(arguments), str(cwd or Path.cwd()), dict(environment or os.environ))
-        with _one_at_a_time, loading("PyTorch and Lightning"):  # by the server, before its first one
+        given = (module, list(arguments), str(cwd or Path.cwd()), dict(environment or os.environ), composed)
+        with _one_at_a_time, launch.loading("PyTorch and Lightning"):  # by the server, before its first one
             self._process: BaseProcess = warm_up().Process(target=_become, args=(*given, *outputs), name=module)
             own = multiprocessing.get_start_method(allow_none=True)
             multiprocessing.set_start_method(None, force=True)  # in joblib's processes it is one that only they know
@@ -138,6 +134,7 @@ def run(
     look: Callable[[], bool] = lambda: False,
     every: float = 0.5,
     threads: int | None = None,
+    composed: Any = None,
 ) -> Ended:
     """Run ``python -m mnist_lit.<verb>`` to its end.
 
@@ -146,6 +143,7 @@ def run(
         quiet: Without what it has to say on the terminal.
         look: Called every so many seconds (``every``); true asks the command to stop.
         threads: How many it may compute with on a CPU; None leaves that to the environment.
+        composed: The configuration that the arguments give, where it has been composed and checked already.
 
     Raises:
         KeyboardInterrupt, Stopped: This process was asked to stop; so was the command then, and it has ended.
@@ -154,7 +152,8 @@ def run(
     receive, send = os.pipe()
     with open(os.devnull, "wb") as nowhere:
         try:
-            command = Command(f"mnist_lit.{verb}", arguments, cwd, environment, nowhere.fileno() if quiet else 1, send)
+            stdout = nowhere.fileno() if quiet else 1
+            command = Command(f"mnist_lit.{verb}", arguments, cwd, environment, stdout, send, composed)
         finally:
             os.close(send)
     last: deque[str] = deque(maxlen=300)
@@ -213,15 +212,16 @@ def warm_up() -> Any:
     resource_tracker.ensure_running()  # the server starts it otherwise, which unblocks signals
     # Its life is decided by those who use it, and not by a Ctrl-C on the terminal or a signal to the whole group.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threads = os.environ.get("OPENBLAS_NUM_THREADS")
+    before = dict(os.environ)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's OpenBLAS starts its threads when it is imported
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), before.get("PYTHONPATH")]))
     try:
         forkserver.ensure_running()
     except OSError:  # the folder for temporary files has too long a name for a socket, or holds none
         return multiprocessing.get_context("spawn")
     finally:
-        os.environ.pop("OPENBLAS_NUM_THREADS")
-        os.environ |= {"OPENBLAS_NUM_THREADS": threads} if threads else {}
+        os.environ.clear()
+        os.environ.update(before)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
 
@@ -240,9 +240,16 @@ def _detach(duplicate: Any) -> int:
     return int(duplicate.detach())
 
 
-def _become(module: str, arguments: list[str], cwd: str, environment: dict[str, str], stdout: int, stderr: int) -> None:
+def _become(
+    module: str,
+    arguments: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    composed: Any,
+    stdout: int,
+    stderr: int,
+) -> None:
     """In the new process: become what ``python -m <module>`` would be."""
-    gc.freeze()  # what the server has imported is no garbage; looking at it takes 0.3 s each time
     os.setsid()  # a Ctrl-C on the terminal is for the process that has started this one,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which passes it on
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -260,8 +267,10 @@ def _become(module: str, arguments: list[str], cwd: str, environment: dict[str, 
         torch.set_num_threads(int(threads))  # it has read the variable in the server
     multiprocessing.set_start_method(None, force=True)  # what this process starts is not bound to how it was started
     sys.argv[1:] = arguments
+    launch.composed = composed
     sys.path.insert(0, cwd)
     sys.modules.pop(module, None)  # if the process that has started this one has it as its main module
+    atexit.unregister(os._exit)  # is meant for the server
     for function in (logging.shutdown, weakref.finalize._exitfunc):  # type: ignore[attr-defined]
         atexit.register(function)  # Python 3.13 has forgotten what imports in the server have registered
     try:

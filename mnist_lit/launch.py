@@ -5,7 +5,9 @@ help drops the YAML's comments. So the command line is composed and checked here
 and the work imports torch; Hydra then does it again and calls the work.
 """
 
+import atexit
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -18,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import Refusal, Stopped, ranks, runs
-from mnist_lit.configuration import CONF, ConfigFiles, check, flat, quoted
+from mnist_lit.configuration import CONF, ConfigFiles, check, flat, own_values, quoted
 
 log = logging.getLogger(__name__)
+
+composed: Any = None  # a run's configuration, Hydra's part included, where another process has composed and checked it
 
 
 def launch(verb: str, work: Callable[..., Any], run_folder: bool = False, sweeps: bool = False) -> None:
@@ -55,12 +59,15 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False, sweeps
                     raise Refusal("torchrun starts the processes of one run: leave out -m")
                 _sweep(verb, files, flags, arguments, hydra_main)
                 return
+            if composed:
+                _run(job, composed)
+                job.raise_refusal()
+                return
             if not _only_shows(flags):
                 overrides, job.continued = _prepare_all(files, overrides, run_folder)
             _hand_over(arguments, flags, overrides)
             hydra_main(job)()
-        if job.refusal:
-            raise job.refusal
+            job.raise_refusal()
     except Refusal as refusal:
         if not (ranks.is_first() or isinstance(refusal, ranks.LostProcessError)):  # it may concern all: one says it
             time.sleep(ranks.FIRST_SAYS_IT)
@@ -85,13 +92,46 @@ class _Job:
         of_hydra = HydraConfig.get()
         folder = Path(of_hydra.runtime.output_dir)
         try:
-            values = self.continued or self.files.checked_values(config, of_hydra.runtime.choices)
+            if composed:
+                values = own_values(config)
+            else:
+                values = self.continued or self.files.checked_values(config, of_hydra.runtime.choices)
             with ranks.loss_as_refusal(lambda: runs.how_to_go_on(folder)):
                 self.work(**{"folder": folder} if self.run_folder else {}, **values)
         except Refusal as refusal:
             if self.run_folder and ranks.is_first():
                 _remove_traces(folder, self.verb)
             self.refusal = refusal  # raised here, Hydra would print a line of its own
+
+    def raise_refusal(self) -> None:
+        if self.refusal:
+            raise self.refusal
+
+
+def _run(job: _Job, config: Any) -> None:
+    """What hydra.main does with a configuration, once it has composed it."""
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.utils import JobRuntime, run_job, setup_globals
+    from hydra.types import HydraContext
+
+    ranks.tell_children()
+    setup_globals()
+    JobRuntime.instance().set("name", config.hydra.job.name)
+    context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
+    _ = run_job(job, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context).return_value
+
+
+def check_composed(files: ConfigFiles, config: Any) -> None:
+    """Refuse a composed run's configuration for the reasons for which its own command would.
+
+    Raises:
+        Refusal
+    """
+    from omegaconf.errors import InterpolationResolutionError
+
+    with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
+        values = files.checked_values(config, config.hydra.runtime.choices)
+        _refuse_what_is_missing(values.get("trainer", {}))
 
 
 def help_text(verb: str, overrides: list[str]) -> str:
@@ -117,6 +157,10 @@ def help_text(verb: str, overrides: list[str]) -> str:
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
     """In this block, which imports, say after a second what is being loaded."""
+    # Imports leave no garbage; to look for it among half a million objects takes a sixth of their time, and later 0.4 s
+    # again and again. What was there before torch is hardly worth a thought.
+    first, collects = "torch" not in sys.modules, gc.isenabled()
+    gc.disable()
     timer = threading.Timer(1.0, print, [f"loading {what} ..."], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     if ranks.is_first():
@@ -125,6 +169,11 @@ def loading(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        if first and "torch" in sys.modules:
+            gc.freeze()
+            atexit.register(gc.unfreeze)  # or some of them complain that they were not taken down
+        if collects:
+            gc.enable()
 
 
 def _only_shows(flags: Any) -> bool:
@@ -157,16 +206,12 @@ def _prepare(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tupl
     Returns:
         What to call Hydra with; and the configuration of the run that goes on, if one does.
     """
-    from omegaconf.errors import InterpolationResolutionError
-
     config = files.compose(overrides)
     if str(config.hydra.mode) == "RunMode.MULTIRUN":
         raise Refusal("hydra.mode is MULTIRUN: a sweep is asked for with -m")
     if config.get("resume") and run_folder:
         return _prepare_resume(files, overrides, config)
-    with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
-        values = files.checked_values(config, config.hydra.runtime.choices)
-        _refuse_what_is_missing(values.get("trainer", {}))
+    check_composed(files, config)
     if not run_folder or not ranks.is_first():  # the first one has the folder already
         return overrides, None
     folder = _claimed(overrides, "hydra.run.dir", config.hydra.run.dir)
@@ -192,7 +237,7 @@ def _sweep(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydr
     Raises:
         Refusal: A job cannot be composed, this command makes no sweeps, or jobs have failed.
     """
-    from mnist_lit import sweep
+    from mnist_lit import job, sweep
 
     overrides: list[str] = flags.overrides
     hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
@@ -204,6 +249,7 @@ def _sweep(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydr
     # A launcher's process that starts elsewhere finds the package where it is here.
     places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    job.warm_up()
     folder = _claimed(overrides, "hydra.sweep.dir", config.hydra.sweep.dir)
     with runs.in_use(folder):
         try:
@@ -216,7 +262,7 @@ def _sweep(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydr
         for_each += [f"--config-name={flags.config_name}"] if flags.config_name else []
         for_each += [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
         side_by_side = not config.hydra.launcher._target_.endswith(".BasicLauncher")
-        task = sweep.Sweep(verb, jobs, for_each, quiet=side_by_side)
+        task = sweep.Sweep(verb, files, jobs, for_each, config.hydra.output_subdir, quiet=side_by_side)
         # No .hydra in the sweep's folder: each job has its own.
         _hand_over(arguments, flags, [*overrides, quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"])
         signal.signal(signal.SIGTERM, _stopped)

@@ -97,7 +97,8 @@ def _draw_curve(axes: Axes, key: str, history: list[dict[str, Any]], results: di
     axes.axhline(test, color=color, ls=":", label=f"test, {results['tested_weights']} weights: {test:.4f}")
     axes.set_xlabel("epoch")
     axes.set_xlim(0.5, epochs[-1] + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))  # each tick and its line takes a hundredth of the time
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(alpha=0.3)
     axes.legend()
 

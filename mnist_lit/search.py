@@ -16,10 +16,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, job, runs
-from mnist_lit.configuration import as_overrides, quoted
+from mnist_lit import Refusal, job, launch, runs, tune_report
+from mnist_lit.configuration import ConfigFiles, as_overrides, quoted
 from mnist_lit.study import GRACE
-from mnist_lit.tune_report import short
 
 log = logging.getLogger("mnist_lit.tune")
 
@@ -37,19 +36,28 @@ class Search:
     """The workers of this process: threads, each with one trial's process at a time."""
 
     def __init__(
-        self, folder: Path, study: Any, n_trials: int, knobs: dict[str, Any], arguments: Sequence[str], workers: int
+        self,
+        folder: Path,
+        study: Any,
+        n_trials: int,
+        knobs: dict[str, Any],
+        files: ConfigFiles,
+        overrides: Sequence[str],
+        workers: int,
     ) -> None:
         self.folder, self.study, self.n_trials, self.knobs = folder, study, n_trials, knobs
-        self.arguments, self.workers = arguments, workers
+        self.files, self.overrides, self.workers = files, overrides, workers
+        self.composing = threading.Lock()  # Hydra composes one configuration at a time
         self.stop = threading.Event()
         self.beginning: dict[int, float] = {}  # since when a trial is known to be about to begin
         self.retry = study._storage.get_heartbeat_stale_trial_callback()
 
     def work(self) -> None:
-        job.warm_up()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                for done in as_completed([pool.submit(self._work) for _ in range(self.workers)]):
+                working = [pool.submit(self._work) for _ in range(self.workers)]
+                tune_report.load_pictures()  # while the first trials run
+                for done in as_completed(working):
                     done.result()
             finally:  # a signal came, or a worker failed: the others stop, too
                 self.stop.set()
@@ -80,7 +88,7 @@ class Search:
             what = f"pruned after epoch {max(trial.intermediate_values)}, val/acc {trial.value:.4f}"
         if trial.state.name == "FAIL":
             what = f"failed: {trial.user_attrs.get('reason', 'stopped or killed; it will be run again')}"
-        settings = "  ".join(f"{key}={short(value)}" for key, value in trial.params.items())
+        settings = "  ".join(f"{key}={tune_report.short(value)}" for key, value in trial.params.items())
         log.info("trial %d, %d of %d: %s  (%s)", trial.number, self._progress()[0], self.n_trials, what, settings)
 
     def _progress(self) -> tuple[int, int]:
@@ -126,8 +134,10 @@ class Search:
 
         # One at a time takes what there is, as any run does.
         threads = max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None
-        arguments = [*self.arguments, *as_overrides(values), *where]
-        ended = job.run("train", arguments, quiet=True, look=look, threads=threads)
+        overrides = [*self.overrides, *as_overrides(values), *where]
+        folders = [f"--config-dir={self.files.user_folder}"] if self.files.user_folder else []
+        composed = self._composed(overrides)
+        ended = job.run("train", [*overrides, *folders], quiet=True, look=look, threads=threads, composed=composed)
         hopeless = curve.is_hopeless()
         if ended.code != 0 and not self.stop.is_set() and hopeless:
             raise optuna.TrialPruned(f"after epoch {curve.epoch}")
@@ -142,6 +152,16 @@ class Search:
             trial.set_user_attr("reason", reason)
             raise TrialFailed(reason)
         return curve.best
+
+    def _composed(self, overrides: Sequence[str]) -> Any:
+        """A trial's configuration; None where its own command shall compose it, for it has something to refuse."""
+        try:
+            with self.composing, self.files.errors_as_refusals(overrides):
+                config = self.files.compose(overrides)
+                launch.check_composed(self.files, config)
+        except Refusal:
+            return None
+        return config
 
     def _refuse_surplus(self, trial: Any) -> None:
         """Two processes may begin the last trial at once: the one that has the higher number leaves it."""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, job, resume, runs
+from mnist_lit import Refusal, job, launch, resume, runs
 from mnist_lit.configuration import ConfigFiles, flat, own_values, quoted
 from mnist_lit.files import write_whole
 
@@ -134,13 +134,24 @@ class Sweep:
     """What Hydra's launcher calls, perhaps in another process or on another machine, with each job's configuration.
 
     Args:
+        files: What the jobs' configurations are composed from.
         jobs: By their numbers.
         for_each: Arguments for each job's command besides its overrides.
+        output_subdir: ``hydra.output_subdir`` of each job.
         quiet: Whether jobs run side by side, so that what they say would be a muddle.
     """
 
-    def __init__(self, verb: str, jobs: list[Job], for_each: list[str], quiet: bool) -> None:
-        self.verb, self.jobs, self.for_each, self.quiet = verb, jobs, for_each, quiet
+    def __init__(
+        self,
+        verb: str,
+        files: ConfigFiles,
+        jobs: list[Job],
+        for_each: list[str],
+        output_subdir: str | None,
+        quiet: bool,
+    ) -> None:
+        self.verb, self.files, self.jobs, self.for_each, self.quiet = verb, files, jobs, for_each, quiet
+        self.output_subdir = output_subdir
         self.keys = differing(jobs)
         self.cwd, self.host, self.process = Path.cwd(), socket.gethostname(), os.getpid()
 
@@ -165,7 +176,8 @@ class Sweep:
         mine.status = "running"
         mine.write()
         try:
-            ended = job.run(self.verb, self._arguments(mine), self.cwd, self.quiet, look=self._is_over)
+            arguments, composed = self._arguments(mine), self._composed(mine, config)
+            ended = job.run(self.verb, arguments, self.cwd, self.quiet, look=self._is_over, composed=composed)
             finished = ended.code == 0 and bool(mine.results)
             mine.status = "finished" if finished else "failed"
             mine.reason = (
@@ -194,6 +206,26 @@ class Sweep:
             each = [override for override in each if resume.is_free(override.split("=")[0])]
             return [*each, *self.for_each, quoted(f"resume={mine.folder}")]
         return [*each, *self.for_each, quoted(f"hydra.run.dir={mine.folder}")]
+
+    def _composed(self, mine: Job, config: Any) -> Any:
+        """What Hydra has composed for this job, made to a run in the job's folder; None where its own command shall
+        compose it: it goes on with something, or has something to refuse."""
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+        from omegaconf import open_dict, read_write
+
+        if (mine.folder / "config.yaml").exists():
+            return None
+        with open_dict(config):
+            config.hydra = HydraConfig.get()
+        with read_write(config.hydra):
+            config.hydra.mode, config.hydra.output_subdir = RunMode.RUN, self.output_subdir
+            config.hydra.run.dir = str(mine.folder)
+        try:
+            launch.check_composed(self.files, config)
+        except Refusal:
+            return None
+        return config
 
     def _is_over(self) -> bool:
         """Whether the process that runs the sweep is gone; known only on the same machine."""

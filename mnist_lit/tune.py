@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, Stopped, require_packages
+from mnist_lit import Refusal, Stopped, job, require_packages
 from mnist_lit.configuration import ConfigFiles, as_overrides, flat, own_values
-from mnist_lit.launch import launch
+from mnist_lit.launch import launch, loading
 from mnist_lit.search import Search
 from mnist_lit.study import knobs, make_pruner, make_sampler, open_study, require_same_search
 from mnist_lit.sweep import identity
@@ -51,6 +51,8 @@ def tune(
         Stopped: Ctrl-C or SIGTERM came; the trials under way will be run again.
     """
     require_packages("tune", "optuna")
+    with loading("Optuna"):
+        import optuna  # noqa: F401
     folder, files = Path(folder), ConfigFiles("train", config_dir)
     draws = knobs(space, overrides, files)
     opened = open_study(storage, study, make_pruner(pruner))
@@ -58,8 +60,7 @@ def tune(
     with files.errors_as_refusals(overrides):
         config = flat(own_values(files.compose(overrides), resolve=False))
     require_same_search(opened, study, {"space": space, "settings": json.loads(identity(config, ()))})
-    given = [*overrides, *([f"--config-dir={config_dir}"] if config_dir else [])]
-    Search(folder, opened, n_trials, draws, given, workers).work()
+    Search(folder, opened, n_trials, draws, files, overrides, workers).work()
     report(folder, opened, overrides, files)
     return opened
 
@@ -68,6 +69,7 @@ def _command(**values: Any) -> None:
     """``tune`` with the keys of train on the command line handed on to the trials."""
     from hydra.core.hydra_config import HydraConfig
 
+    job.warm_up()
     of_hydra = HydraConfig.get()
     if values["resume"]:
         raise Refusal("resume= goes on with a run; a search goes on with its storage= and study=")

@@ -23,6 +23,12 @@ NOTHING = object()
 SHOWN = 10  # trials in the table on the terminal
 
 
+def load_pictures() -> None:
+    """Import what ``report`` draws with, which takes seconds."""
+    import optuna.importance
+    import optuna.visualization.matplotlib  # noqa: F401
+
+
 def report(folder: Path, study: Any, overrides: Sequence[str], files: ConfigFiles) -> None:
     """Write the results of ``study`` into ``folder``, and show the best of them.
 
@@ -32,6 +38,7 @@ def report(folder: Path, study: Any, overrides: Sequence[str], files: ConfigFile
     """
     from optuna.trial import TrialState
 
+    logging.getLogger("matplotlib.category").setLevel(logging.WARNING)  # it is told of numbers that are choices
     trials = study.get_trials(deepcopy=False)
     write_whole(folder / "trials.csv", _csv(trials).encode())
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -63,7 +70,7 @@ def experiment(trial: Any, study: str, overrides: Sequence[str], files: ConfigFi
     config = files.compose([*overrides, *as_overrides(trial.params)])
     choices = config.hydra.runtime.choices
     groups = {group: choices[group] for group in ("model", "optimizer")}
-    before = flat(own_values(files.compose(f"{group}={choice}" for group, choice in groups.items())))
+    before = flat(files.defaults(choices))
     content: dict[str, Any] = {"defaults": [{f"override /{group}": choice} for group, choice in groups.items()]}
     for key, value in flat(own_values(config)).items():
         *sections, name = key.split(".")

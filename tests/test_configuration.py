@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -142,7 +141,6 @@ def test_help_and_refusals_answer_at_once_and_leave_nothing(arguments: list[str]
         "try: mnist_lit.train.main()\n"
         "finally: print([m for m in ('torch', 'lightning', 'numpy', 'matplotlib') if m in sys.modules], file=sys.stderr)\n"
     )
-    started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=tmp_path,
@@ -151,8 +149,7 @@ def test_help_and_refusals_answer_at_once_and_leave_nothing(arguments: list[str]
         text=True,
         check=False,
     )
-    assert time.perf_counter() - started < 4  # docs/speed.md has the measured time, whose mark is 1.5 s
-    assert "[]" in done.stderr.splitlines()
+    assert "[]" in done.stderr.splitlines()  # it is these imports that take long: docs/speed.md has the times
     assert "Traceback" not in done.stderr
     assert (done.returncode == 0) == (arguments == ["--help"])
     assert list(tmp_path.iterdir()) == []  # and leave nothing behind

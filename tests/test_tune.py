@@ -272,7 +272,7 @@ def test_a_study_is_not_mixed_with_another_search(tmp_path: Path) -> None:
 
 def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
     study = opened(sqlite(tmp_path))
-    search = Search(tmp_path, study, 2, {}, [], 1)
+    search = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1)
     study.add_trial(optuna.create_trial(value=0.5))
     earlier, later = study.ask(), study.ask()
     search._refuse_surplus(earlier)
@@ -343,7 +343,7 @@ def test_25_a_trial_whose_process_was_killed_before_it_began_does_not_stay_runni
     never_begun, begun = study.ask(), study.ask()
     begun.set_user_attr("begun", begun.number)
     monkeypatch.setattr(search, "GRACE", 0.2)
-    workers = Search(tmp_path, study, 2, {}, [], 1)
+    workers = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1)
     workers._fail_lost_trials()
     assert states(study) == ["RUNNING", "RUNNING"]
     time.sleep(0.3)

@@ -1,0 +1,33 @@
+"""What the server of ``job`` imports once for all jobs: the other packages that a training run takes.
+
+This one's own modules each job reads as they are when it starts.
+"""
+
+# ruff: noqa: F401
+import atexit
+import gc
+
+gc.disable()  # as in launch.loading
+
+import inspect
+import os
+
+import filelock
+import hydra
+import hydra._internal.logging_config
+import jinja2
+import lightning.pytorch.loggers
+import matplotlib.backends.backend_agg
+import matplotlib.backends.backend_svg
+import omegaconf._impl
+import PIL.Image
+import torch._dynamo
+import torchmetrics.classification
+import torchvision.datasets
+import tqdm.contrib.logging
+
+PIL.Image.init()
+inspect.getmodule(inspect.currentframe())  # makes a table of all modules, for which torch asks with each operator
+gc.freeze()
+atexit.register(os._exit, 0)  # taking it all down takes seconds, in which a pipe that it has inherited stays open
+gc.enable()
