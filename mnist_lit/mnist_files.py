@@ -62,6 +62,7 @@ def read_mnist(raw: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return read_image_file(paths[0]), read_label_file(paths[1]), read_image_file(paths[2]), read_label_file(paths[3])
 
 
+@functools.cache
 def read_sample() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sample, split by digit: every fifth image of a digit is for the test, the others are for training.
 

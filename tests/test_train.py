@@ -216,7 +216,7 @@ def test_epoch_seconds_leave_out_validation(tmp_path: Path, monkeypatch) -> None
 
     from mnist_lit.model import MNISTClassifier
 
-    monkeypatch.setattr(MNISTClassifier, "on_validation_epoch_start", lambda self: time.sleep(0.7))
+    monkeypatch.setattr(MNISTClassifier, "on_validation_epoch_start", lambda self: time.sleep(0.4))
     results = train(tmp_path / "run", **small("data.val_size=200", "trainer.val_check_interval=1"))
-    assert results["fit_seconds"] > 6 * 0.7  # three validations in each of two epochs
-    assert max(results["epoch_seconds"]) < 3 * 0.7
+    assert results["fit_seconds"] > 6 * 0.4  # three validations in each of two epochs
+    assert max(results["epoch_seconds"]) < 3 * 0.4
