@@ -26,7 +26,7 @@ MOST_LINES = 8
 def small(*overrides: str) -> dict[str, Any]:
     """The settings of a run over the sample that takes a few seconds: two epochs of three batches."""
     values = copy.deepcopy(_small(()))
-    changes = flat(OmegaConf.to_container(OmegaConf.from_dotlist([*overrides])))
+    changes = flat(OmegaConf.to_container(OmegaConf.from_dotlist([*overrides])))  # type: ignore[arg-type]
     if not changes.keys() <= flat(values).keys():
         return copy.deepcopy(_small(overrides))
     for key, value in changes.items():  # without Hydra, which takes a fifth of such a run's time
