@@ -48,7 +48,7 @@ train: base  ## run the tutorial to its end
 	$(RUN) -m mnist_lit.train $(ARGS)
 
 demo: setup  ## draw a digit: serve the newest trained model, or train a small one first
-	@$(RUN) -c "from mnist_lit.trained import find; find('latest')" 2>/dev/null || \
+	@$(RUN) -c "from mnist_lit.cli.latest import resolve; resolve('latest')" 2>/dev/null || \
 		$(RUN) -m mnist_lit.train optimizer=adam trainer.max_steps=1000 trainer.max_epochs=-1 data.dir=$(DATA)
 	$(RUN) -m mnist_lit.serve open_browser=true $(ARGS)
 

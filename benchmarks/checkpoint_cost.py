@@ -16,9 +16,9 @@ EPOCHS = 4
 
 
 def main(data: str) -> None:
-    from mnist_lit.checkpoints import Checkpoints
-    from mnist_lit.configuration import settings
+    from mnist_lit.cli.configuration import settings
     from mnist_lit.train import train
+    from mnist_lit.training.checkpoints import Checkpoints
 
     seconds: list[float] = []
     save = Checkpoints._save_last

@@ -121,8 +121,8 @@ def plain_pytorch(data: str, epochs: int, batches: int) -> Any:
 
 
 def own_step(data: str, epochs: int, batches: int) -> Any:
-    from mnist_lit.memory import keep_freed_memory
     from mnist_lit.network import TutorialCNN
+    from mnist_lit.training.memory import keep_freed_memory
 
     keep_freed_memory()
     return torch_loop(TutorialCNN, data, epochs, batches)
@@ -130,8 +130,8 @@ def own_step(data: str, epochs: int, batches: int) -> Any:
 
 def own_plain_step(data: str, epochs: int, batches: int) -> Any:
     """What runs where there is no compiler."""
-    from mnist_lit.memory import keep_freed_memory
     from mnist_lit.network import TutorialCNN
+    from mnist_lit.training.memory import keep_freed_memory
 
     keep_freed_memory()
     return torch_loop(lambda dropout: TutorialCNN(dropout, compiled=False), data, epochs, batches)
@@ -330,7 +330,7 @@ def tinygrad(data: str, epochs: int, batches: int) -> Any:
 def mnist_lit(data: str, epochs: int, batches: int) -> Any:
     import tempfile
 
-    from mnist_lit.configuration import settings
+    from mnist_lit.cli.configuration import settings
     from mnist_lit.train import train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -358,7 +358,7 @@ SAME_STEP = ("mnist_lit, as shipped", "Lightning as tutorials")
 
 
 def main(name: str, data: str, epochs: str, batches: str = "0") -> None:
-    from mnist_lit.memory import peak_memory_bytes
+    from mnist_lit.training.memory import peak_memory_bytes
 
     if epochs == "losses":
         print(json.dumps(CONTENDERS[name](data, 0, 0)))

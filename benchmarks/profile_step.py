@@ -26,7 +26,7 @@ import lightning; clock("import lightning")
 import torch._dynamo; clock("import torch._dynamo")
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import MNISTClassifier
-import mnist_lit.trainer, mnist_lit.recorder; clock("import the rest")
+import mnist_lit.training.trainer, mnist_lit.training.recorder; clock("import the rest")
 classifier = MNISTClassifier(); clock("make the network and its metrics")
 data = MNISTDataModule(sys.argv[1], source="mnist"); data.prepare_data(); data.setup()
 clock("read the data and compare their checksums")
@@ -72,8 +72,8 @@ def profile(network: Any, data: str) -> tuple[float, list[tuple[str, float]]]:
 def main(data: str) -> None:
     from contenders import literal_network
 
-    from mnist_lit.memory import keep_freed_memory
     from mnist_lit.network import TutorialCNN
+    from mnist_lit.training.memory import keep_freed_memory
 
     call = [sys.executable, "-W", "ignore", "-c", STAGES, data]
     stages = json.loads(subprocess.run(call, cwd=DOCS.parent, check=True, capture_output=True, text=True).stdout)

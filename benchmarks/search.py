@@ -22,12 +22,12 @@ import lightning as L
 import optuna
 from scipy import stats
 
-from mnist_lit import memory
-from mnist_lit.configuration import ConfigFiles, settings
+from mnist_lit.cli.configuration import ConfigFiles, settings
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import MNISTClassifier
-from mnist_lit.randomness import SeedEachBatch
-from mnist_lit.study import knobs, make_pruner, make_sampler
+from mnist_lit.sweeps.study import knobs, make_pruner, make_sampler
+from mnist_lit.training import memory
+from mnist_lit.training.randomness import SeedEachBatch
 
 DOCS = Path(__file__).parents[1] / "docs"
 TRIALS, EPOCHS, SHARE, VALIDATION, FRESH_SEEDS = 20, 4, 0.05, 2000, (100, 101, 102)

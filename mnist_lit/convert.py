@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import Refusal, require_packages
-from mnist_lit.files import appears_whole, require_free
-from mnist_lit.launch import launch, loading
+from mnist_lit.cli.launch import launch, loading
+from mnist_lit.storage.files import appears_whole, require_free
 
 # How far the two models' probabilities may lie apart on random images before a conversion counts as wrong.
 TOLERANCE = 1e-5
@@ -77,7 +77,7 @@ def from_keras(keras_model: Any) -> Any:
     import torch
 
     from mnist_lit.model import TUTORIAL_MODEL, MNISTClassifier
-    from mnist_lit.trained import UNKNOWN_DATA
+    from mnist_lit.storage.provenance import UNKNOWN_DATA
 
     layers = _named_layers(keras_model)
     classifier = MNISTClassifier({**TUTORIAL_MODEL, "dropout": float(layers["dropout"].rate)})

@@ -1,5 +1,6 @@
 """``MNISTDataModule``: finds and checks the digits, splits them, and hands out shuffled batches."""
 
+import hashlib
 import logging
 import math
 import textwrap
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mnist_lit import Refusal
-from mnist_lit.mnist_files import (
+from mnist_lit.storage.mnist_files import (
     NotAvailableError,
     fetch_missing_files,
     missing_files,
@@ -21,8 +22,7 @@ from mnist_lit.mnist_files import (
     read_sample,
     sha256,
 )
-from mnist_lit.randomness import number_from
-from mnist_lit.runs import MNIST_NAME, SAMPLE_NAME
+from mnist_lit.storage.provenance import MNIST_NAME, SAMPLE_NAME
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +202,15 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """The permutation of ``count`` images in an epoch: a function of seed and epoch, not of what was drawn before."""
     generator = torch.Generator().manual_seed(number_from("order", seed, epoch))
     return torch.randperm(count, generator=generator)
+
+
+def number_from(*what: int | str) -> int:
+    """A number of 63 bits that looks random and depends on ``what`` alone.
+
+    A hash, because with a sum seed 1's epoch 2 would be seed 2's epoch 1.
+    """
+    digest = hashlib.sha256(" ".join(map(str, what)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def stratified_choice(labels: Tensor, size: int) -> Tensor:

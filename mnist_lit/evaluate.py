@@ -6,8 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import runs
-from mnist_lit.launch import launch, loading
+from mnist_lit.cli import latest
+from mnist_lit.cli.launch import launch, loading
+from mnist_lit.storage import runs
+from mnist_lit.storage.provenance import SAMPLE_NAME
 
 log = logging.getLogger("mnist_lit.evaluate")
 
@@ -17,7 +19,7 @@ def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer
 
     Args:
         folder: Where ``metrics.json`` and ``report.html`` go.
-        ckpt: As ``trained.find`` takes it.
+        ckpt: A checkpoint, a run's folder, or ``latest``.
 
     Returns:
         What ``metrics.json`` holds.
@@ -27,16 +29,16 @@ def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer
     """
     folder = Path(folder)
     with loading("PyTorch"):
-        from mnist_lit.trained import find
+        from mnist_lit.inference.trained import find
 
-    path = find(ckpt)  # before the imports that take ten seconds
+    path = find(latest.resolve(ckpt))  # before the imports that take ten seconds
     with loading("torchvision and Lightning"):
-        from mnist_lit import memory
         from mnist_lit.data import MNISTDataModule
         from mnist_lit.model import load_classifier
-        from mnist_lit.report import write_report
-        from mnist_lit.scores import TestAnswers, scores
-        from mnist_lit.trainer import build_trainer, check_limit, device_name
+        from mnist_lit.reports.report import write_report
+        from mnist_lit.reports.scores import TestAnswers, scores
+        from mnist_lit.training import memory
+        from mnist_lit.training.trainer import build_trainer, check_limit, device_name
 
     classifier = load_classifier(path)
     datamodule, answers = MNISTDataModule(**data), TestAnswers()
@@ -76,7 +78,7 @@ def _table(results: dict[str, Any], folder: Path) -> str:
     for key, title in (("loss", "loss"), ("acc", "accuracy"), ("calibration_error", "calibration error")):
         lines.append(f"test {title:18}{results[f'test/{key}']:.4f}")
     data = results["data"]["name"]
-    warning = ", NOT THE FULL MNIST" if data == runs.SAMPLE_NAME else ""
+    warning = ", NOT THE FULL MNIST" if data == SAMPLE_NAME else ""
     lines.append(f"{results['test/images']:,} images of {data}{warning}, with {results['ckpt']}")
     lines.append(f"the report: {runs.shown(folder)}/report.html")
     return "\n".join(lines)

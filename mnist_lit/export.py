@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mnist_lit import Refusal, __version__, require_packages
-from mnist_lit.files import appears_whole, require_free
-from mnist_lit.launch import launch, loading
+from mnist_lit.cli import latest
+from mnist_lit.cli.launch import launch, loading
+from mnist_lit.storage.files import appears_whole, require_free
 
 if TYPE_CHECKING:
-    from mnist_lit.trained import TrainedModel
+    from mnist_lit.inference.trained import TrainedModel
 
 TOLERANCE = 1e-5  # how far the probabilities of the file and of the model may lie apart
 SIZES = (1, 7)  # of the batches besides that of all test images: any size must do
@@ -50,9 +51,10 @@ def export(
     with loading("PyTorch"):
         import torch
 
-        from mnist_lit.trained import load, why_not_to_test
+        from mnist_lit.inference.trained import load
+        from mnist_lit.storage.provenance import why_not_to_test
 
-    model = load(ckpt)
+    model = load(latest.resolve(ckpt))
     with loading("torchvision and Lightning"):
         from mnist_lit.data import MNISTDataModule, scale
 

@@ -11,9 +11,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from mnist_lit import Refusal
-from mnist_lit.checkpoint_file import hyper_parameters, read_checkpoint, require_same_shapes
 from mnist_lit.network import build_network, built
-from mnist_lit.trained import UNKNOWN_DATA, trained_on, why_not_to_test
+from mnist_lit.storage.checkpoint_file import hyper_parameters, read_checkpoint, require_same_shapes
+from mnist_lit.storage.provenance import UNKNOWN_DATA, trained_on, why_not_to_test
 
 TUTORIAL_MODEL = {"network": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "compiled": True}
 TUTORIAL_OPTIMIZER = {"name": "Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}

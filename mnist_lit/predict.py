@@ -21,9 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from mnist_lit import Refusal, require_packages
-from mnist_lit.contact_sheet import MOST, contact_sheet_of
-from mnist_lit.files import require_free, write_whole
-from mnist_lit.launch import launch, loading
+from mnist_lit.cli import latest
+from mnist_lit.cli.launch import launch, loading
+from mnist_lit.inference.contact_sheet import MOST, contact_sheet_of
+from mnist_lit.storage.files import require_free, write_whole
 
 BATCH = 128  # pictures that are read, and then predicted, at a time
 MANY = 512  # from so many pictures on, other processes read them
@@ -67,9 +68,9 @@ def predict(
         with loading("PyTorch"):  # here, so that the other processes read meanwhile
             import torch
 
-            from mnist_lit.trained import load
+            from mnist_lit.inference.trained import load
 
-        model = load(ckpt)
+        model = load(latest.resolve(ckpt))
         for batch in batches:
             pixels = [each for _, each, _ in batch if each is not None]
             answers: Iterator[list[float]] = iter(())
@@ -93,7 +94,7 @@ def find_pictures(wanted: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
     Args:
         wanted: Files; folders, of which all pictures are taken, also from those below; patterns such as ``a/*.png``.
     """
-    from mnist_lit.images import ENDINGS
+    from mnist_lit.inference.images import ENDINGS
 
     seen = set()
     for each in map(str, wanted):
@@ -117,7 +118,7 @@ def find_pictures(wanted: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
 
 
 def _in_folder(folder: Path) -> list[str]:
-    from mnist_lit.images import ENDINGS
+    from mnist_lit.inference.images import ENDINGS
 
     files = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
     return sorted(str(path) for path in files if path.is_file())
@@ -151,7 +152,7 @@ def _begin_reading() -> None:
 
 
 def _read(paths: list[str], preprocess: str) -> list[Read]:
-    from mnist_lit.images import PictureError, prepare
+    from mnist_lit.inference.images import PictureError, prepare
 
     read: list[Read] = []
     for path in paths:

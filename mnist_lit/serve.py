@@ -6,7 +6,8 @@ import webbrowser
 from pathlib import Path
 
 from mnist_lit import Refusal, require_packages
-from mnist_lit.launch import launch, loading
+from mnist_lit.cli import latest
+from mnist_lit.cli.launch import launch, loading
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MOST_CONNECTIONS = 500  # open at a time; a process may have some 1,000 open files
@@ -28,11 +29,11 @@ def serve(
             import torch
             import uvicorn
 
-            from mnist_lit.trained import load
-            from mnist_lit.web import application
+            from mnist_lit.inference.trained import load
+            from mnist_lit.inference.web import application
 
         torch.set_num_threads(1)  # as many pictures at a time as there are cores, each on one
-        model = load(ckpt)
+        model = load(latest.resolve(ckpt))
         address = f"http://{LOOPBACK[0]}:{listener.getsockname()[1]}"
 
         class Server(uvicorn.Server):

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import runs
-from mnist_lit.launch import launch, loading
+from mnist_lit.cli.launch import launch, loading
+from mnist_lit.storage import runs
+from mnist_lit.storage.provenance import SAMPLE_NAME
 
 log = logging.getLogger("mnist_lit.train")
 
@@ -46,15 +47,15 @@ def train(
         import lightning as L
         from tqdm.contrib.logging import logging_redirect_tqdm
 
-        from mnist_lit import memory
-        from mnist_lit.checkpoints import Checkpoints, StopOnNaN
         from mnist_lit.data import MNISTDataModule
         from mnist_lit.model import MNISTClassifier
-        from mnist_lit.randomness import SeedEachBatch
-        from mnist_lit.recorder import RunRecorder
-        from mnist_lit.report import learning_curve, write_report
-        from mnist_lit.scores import TestAnswers, scores
-        from mnist_lit.trainer import build_trainer, check_batches, device_name
+        from mnist_lit.reports.report import learning_curve, write_report
+        from mnist_lit.reports.scores import TestAnswers, scores
+        from mnist_lit.training import memory
+        from mnist_lit.training.checkpoints import Checkpoints, StopOnNaN
+        from mnist_lit.training.randomness import SeedEachBatch
+        from mnist_lit.training.recorder import RunRecorder
+        from mnist_lit.training.trainer import build_trainer, check_batches, device_name
 
     config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "trainer": trainer}
     config |= {"checkpoint": checkpoint or {}, "logger": logger}
@@ -151,13 +152,15 @@ def _table(results: dict[str, Any], folder: Path) -> str:
     count, seconds = results["epochs"], results["fit_seconds"]
     lines.append(f"{count} epoch{'s' * (count > 1)} in {seconds:.0f} s on {results['device']}")
     data = results["data"]["name"]
-    warning = ", NOT THE FULL MNIST" if data == runs.SAMPLE_NAME else ""
+    warning = ", NOT THE FULL MNIST" if data == SAMPLE_NAME else ""
     lines.append(f"data: {data}{warning}; everything is in {runs.shown(folder)}")
     return "\n".join(lines)
 
 
 def main() -> None:
-    launch("train", train, run_folder=True, sweeps=True)
+    from mnist_lit.sweeps import sweep
+
+    launch("train", train, run_folder=True, sweep=sweep.run)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, Stopped, job, require_packages
-from mnist_lit.configuration import ConfigFiles, as_overrides, flat, own_values
-from mnist_lit.launch import launch, loading
-from mnist_lit.search import Search
-from mnist_lit.study import knobs, make_pruner, make_sampler, open_study, require_same_search
-from mnist_lit.sweep import identity
-from mnist_lit.tune_report import report
+from mnist_lit import Refusal, Stopped, require_packages
+from mnist_lit.cli import job
+from mnist_lit.cli.configuration import ConfigFiles, as_overrides, flat, own_values
+from mnist_lit.cli.launch import launch, loading
+from mnist_lit.sweeps.search import Search
+from mnist_lit.sweeps.study import knobs, make_pruner, make_sampler, open_study, require_same_search
+from mnist_lit.sweeps.sweep import identity
+from mnist_lit.sweeps.tune_report import report
 
 OWN = ("n_trials", "storage", "study", "sampler", "pruner", "sampler_seed", "workers", "space")
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from helpers import assert_same, final, small
 
-from mnist_lit import Stopped, runs
+from mnist_lit import Stopped
 from mnist_lit.model import MNISTClassifier
+from mnist_lit.storage import runs
 from mnist_lit.train import train
 
 STEPS_OF_AN_EPOCH = 8

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from mnist_lit import runs
-from mnist_lit.configuration import flat, settings
+from mnist_lit.cli.configuration import flat, settings
+from mnist_lit.storage import runs
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["data.source=sample", "trainer.accelerator=cpu", "trainer.fast_dev_run=2"]

@@ -66,8 +66,8 @@ def fork(*arguments: str) -> int:
 def say_what_it_does() -> None:
     import lightning as L
 
-    from mnist_lit.checkpoints import Checkpoints
     from mnist_lit.model import MNISTClassifier
+    from mnist_lit.training.checkpoints import Checkpoints
 
     def mark(owner: Any, name: str, phase: int, then: int | None) -> None:
         original = getattr(owner, name)

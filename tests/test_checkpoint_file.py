@@ -12,13 +12,14 @@ import pytest
 import torch
 from helpers import ROOT, assert_same, small
 
-from mnist_lit import Refusal, runs
-from mnist_lit.checkpoint_file import read_checkpoint, trouble
-from mnist_lit.checkpoints import WholeFiles
-from mnist_lit.files import TEMPORARY, CannotWriteError
+from mnist_lit import Refusal
+from mnist_lit.cli.resume import find
 from mnist_lit.model import MNISTClassifier, load_classifier
-from mnist_lit.resume import find
+from mnist_lit.storage import runs
+from mnist_lit.storage.checkpoint_file import read_checkpoint, trouble
+from mnist_lit.storage.files import TEMPORARY, CannotWriteError
 from mnist_lit.train import train
+from mnist_lit.training.checkpoints import WholeFiles
 
 
 @pytest.fixture
@@ -43,8 +44,8 @@ def test_05_a_full_disk_says_what_is_needed_and_keeps_the_checkpoint_before(run:
 import sys, pathlib
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from mnist_lit.checkpoints import WholeFiles
-from mnist_lit.files import CannotWriteError
+from mnist_lit.training.checkpoints import WholeFiles
+from mnist_lit.storage.files import CannotWriteError
 path = pathlib.Path({str(tmp_path / "disk" / "last.ckpt")!r})
 content = torch.load({str(run / runs.LAST)!r}, weights_only=True)
 WholeFiles().save_checkpoint(content, path)

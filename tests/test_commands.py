@@ -64,7 +64,7 @@ def test_a_run_that_is_refused_late_leaves_no_folder(tmp_path: Path, command: Co
 
 
 def test_27_two_runs_of_the_same_second_get_two_folders(tmp_path: Path) -> None:
-    from mnist_lit.runs import claim
+    from mnist_lit.storage.runs import claim
 
     folders = [claim(tmp_path / "outputs" / "2026-01-01_00-00-00") for _ in range(3)]
     assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)

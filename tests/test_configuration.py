@@ -9,8 +9,8 @@ import pytest
 from helpers import ROOT
 
 from mnist_lit import Refusal
-from mnist_lit.configuration import quoted, settings
-from mnist_lit.ranges import RANGES
+from mnist_lit.cli.configuration import quoted, settings
+from mnist_lit.cli.ranges import RANGES
 
 REFUSALS = [
     ("optimizer.lrr=1", "unknown key optimizer.lrr; did you mean optimizer.lr?"),
@@ -96,7 +96,7 @@ def test_values_that_people_use_are_accepted() -> None:
 
 
 def test_every_range_is_of_a_key_that_exists() -> None:
-    from mnist_lit.configuration import CONF, flat
+    from mnist_lit.cli.configuration import CONF, flat
 
     keys: set[str] = set()
     for optimizer in (path.stem for path in (CONF / "optimizer").glob("*.yaml")):
@@ -156,7 +156,7 @@ def test_help_and_refusals_answer_at_once_and_leave_nothing(arguments: list[str]
 
 
 def test_help_shows_every_key_with_its_comment() -> None:
-    from mnist_lit.launch import help_text
+    from mnist_lit.cli.launch import help_text
 
     text = help_text("train", ["optimizer=sgd"])
     for line in (ROOT / "conf" / "train.yaml").read_text().splitlines():

@@ -12,10 +12,11 @@ from helpers import assert_same, final, results, small
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
-from mnist_lit import Stopped, runs
-from mnist_lit.configuration import settings
+from mnist_lit import Stopped
+from mnist_lit.cli.configuration import settings
 from mnist_lit.evaluate import evaluate
 from mnist_lit.model import MNISTClassifier
+from mnist_lit.storage import runs
 from mnist_lit.train import train
 
 

@@ -9,11 +9,12 @@ import torch
 from conftest import Command
 from helpers import results
 
-from mnist_lit import Refusal, runs
-from mnist_lit.configuration import settings
+from mnist_lit import Refusal
+from mnist_lit.cli.configuration import settings
 from mnist_lit.evaluate import evaluate
-from mnist_lit.scores import scores
-from mnist_lit.trained import load
+from mnist_lit.inference.trained import load
+from mnist_lit.reports.scores import scores
+from mnist_lit.storage import runs
 
 ALIKE = ("test/loss", "test/acc", "test/images", "test/calibration_error", "test/digits", "test/confusion_matrix")
 

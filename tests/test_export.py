@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mnist_lit import Refusal, __version__, runs
+from mnist_lit import Refusal, __version__
 from mnist_lit.export import export
+from mnist_lit.inference.trained import load
 from mnist_lit.network import TutorialCNN
-from mnist_lit.trained import load
+from mnist_lit.storage import runs
 
 SAMPLE = {"source": "sample"}
 

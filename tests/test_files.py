@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist_lit.files import CannotWriteError, appears_whole
-from mnist_lit.runs import write_json
+from mnist_lit.storage.files import CannotWriteError, appears_whole
+from mnist_lit.storage.runs import write_json
 
 
 def test_a_write_that_fails_keeps_what_was_there(tmp_path: Path) -> None:

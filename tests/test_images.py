@@ -15,8 +15,8 @@ from helpers import ROOT, assert_same
 from PIL import Image
 from scipy import ndimage
 
-from mnist_lit.images import PictureError, prepare, read_grey, to_mnist
-from mnist_lit.trained import load
+from mnist_lit.inference.images import PictureError, prepare, read_grey, to_mnist
+from mnist_lit.inference.trained import load
 
 Pixels = np.ndarray
 
@@ -112,7 +112,7 @@ def test_lines_of_a_thin_pen_are_made_as_thick_as_mnists(good_run: Path, digits,
     files = [thin(digit) for digit in images]
     thick = accuracy(good_run, [prepare(saved(file)) for file in files], labels)
     assert thick > accuracy(good_run, list(images), labels) - 0.03
-    monkeypatch.setattr("mnist_lit.images.THINNEST", 0)
+    monkeypatch.setattr("mnist_lit.inference.images.THINNEST", 0)
     assert accuracy(good_run, [prepare(saved(file)) for file in files], labels) < thick
 
 

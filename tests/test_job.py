@@ -13,7 +13,7 @@ import pytest
 from conftest import Command
 from helpers import QUICK, ROOT, results
 
-from mnist_lit import job
+from mnist_lit.cli import job
 
 PROBE = """
 import atexit, os, sys, threading, time
@@ -40,7 +40,7 @@ elif sys.argv[1] == "waits":
     time.sleep(100)
 """
 PARENT = """
-from mnist_lit import job
+from mnist_lit.cli import job
 if __name__ == "__main__":
     job.Command("probe", ["waits"]).wait()
 """

@@ -17,9 +17,10 @@ import pytest
 import torch
 from torchvision.datasets import MNIST
 
-from mnist_lit import Refusal, mnist_files
+from mnist_lit import Refusal
 from mnist_lit.data import MNISTDataModule
-from mnist_lit.mnist_files import fetch_missing_files, missing_files, read_mnist
+from mnist_lit.storage import mnist_files
+from mnist_lit.storage.mnist_files import fetch_missing_files, missing_files, read_mnist
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from helpers import ROOT
 from PIL import Image
 
 from mnist_lit import Refusal, predict
+from mnist_lit.inference.trained import load
 from mnist_lit.predict import COLUMNS, find_pictures
 from mnist_lit.predict import predict as predict_pictures
-from mnist_lit.trained import load
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import pytest
 from conftest import Command
 from helpers import ROOT, assert_same, final, results
 
-from mnist_lit import Refusal, ranks
-from mnist_lit.configuration import settings
+from mnist_lit import Refusal
+from mnist_lit.cli import ranks
+from mnist_lit.cli.configuration import settings
 from mnist_lit.evaluate import evaluate
 
 SMALL = ["data.source=sample", "data.batch_size=400", "trainer.accelerator=cpu", "trainer.limit_test_batches=2"]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import Browser
 
-from mnist_lit import runs
 from mnist_lit.network import TutorialCNN
-from mnist_lit.report import write_report
-from mnist_lit.scores import TestAnswers, scores
+from mnist_lit.reports.report import write_report
+from mnist_lit.reports.scores import TestAnswers, scores
+from mnist_lit.storage import runs
 
 WITHOUT_END = {"meta", "img", "br", "path", "use", "rect"}
 

@@ -16,11 +16,12 @@ from conftest import Command
 from helpers import ROOT, assert_same, differences, final, small
 from soak import PHASES, outcome
 
-from mnist_lit import Refusal, Stopped, runs
+from mnist_lit import Refusal, Stopped
+from mnist_lit.cli.resume import continued, find
 from mnist_lit.model import MNISTClassifier
-from mnist_lit.randomness import SeedEachBatch
-from mnist_lit.resume import continued, find
+from mnist_lit.storage import runs
 from mnist_lit.train import train
+from mnist_lit.training.randomness import SeedEachBatch
 
 VARIANTS = {
     "plain": [],
@@ -215,7 +216,7 @@ def test_12_another_version_is_a_warning(finished_run: Path, tmp_path: Path, cap
     content["machine"]["versions"]["torch"] = "1.0"
     torch.save(content, folder / runs.LAST)
     resumed(folder, small("trainer.max_epochs=3"))
-    assert "versions.torch 1.0 before" in caplog.text
+    assert "torch 1.0 before" in caplog.text
 
 
 def test_13_latest_where_there_is_none_is_an_error(tmp_path: Path) -> None:

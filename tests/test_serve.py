@@ -93,7 +93,7 @@ def refused(answer: tuple[int, Any, dict[str, str]], status: int, sentence: str)
 def test_the_answers_are_the_models_own(port: int, good_run: Path, digits) -> None:
     import torch
 
-    from mnist_lit.trained import load
+    from mnist_lit.inference.trained import load
 
     images, _ = digits
     images = images[:20]
@@ -298,7 +298,7 @@ def test_without_allow_remote_only_this_machine_is_listened_to(port: int) -> Non
 
 
 def test_it_starts_without_lightning_and_torchvision(good_run: Path) -> None:
-    code = "import sys; from mnist_lit.web import application; from mnist_lit.trained import load; "
+    code = "import sys; from mnist_lit.inference.web import application; from mnist_lit.inference.trained import load; "
     code += "application(load(sys.argv[1])); print({'lightning', 'torchvision', 'matplotlib'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code, good_run], cwd=ROOT, text=True) == "set()\n"
 

@@ -12,10 +12,11 @@ import pytest
 from conftest import Command
 from helpers import QUICK
 
-from mnist_lit import Refusal, runs
-from mnist_lit.configuration import ConfigFiles
-from mnist_lit.summary import best_first, summarize, table
-from mnist_lit.sweep import Job, plan, read_jobs
+from mnist_lit import Refusal
+from mnist_lit.cli.configuration import ConfigFiles
+from mnist_lit.storage import runs
+from mnist_lit.sweeps.summary import best_first, summarize, table
+from mnist_lit.sweeps.sweep import Job, plan, read_jobs
 
 NETWORK = """\
 import os, signal, sys

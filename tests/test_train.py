@@ -85,7 +85,7 @@ def test_with_a_validation_split_the_best_weights_are_tested(validated_run: Path
 
 
 def test_metrics_json_is_written_last(tmp_path: Path, monkeypatch) -> None:
-    from mnist_lit import runs
+    from mnist_lit.storage import runs
 
     there: list[set[str]] = []
     write = runs.write_json

@@ -10,9 +10,12 @@ import pytest
 import torch
 from helpers import ROOT, assert_same
 
-from mnist_lit import Refusal, runs
+from mnist_lit import Refusal
+from mnist_lit.cli.latest import resolve
+from mnist_lit.inference.trained import find, load
 from mnist_lit.model import load_classifier
-from mnist_lit.trained import find, load, why_not_to_test
+from mnist_lit.storage import runs
+from mnist_lit.storage.provenance import why_not_to_test
 
 
 def test_a_folder_means_its_best_checkpoint_or_else_its_last(finished_run: Path, validated_run: Path) -> None:
@@ -26,7 +29,7 @@ def test_latest_is_the_newest_run_with_a_checkpoint_jobs_of_sweeps_too(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match="there is no trained model in outputs"):
-        find("latest")
+        find(resolve("latest"))
     for age, name in enumerate(("without", "sweep/0", "old")):
         folder = shutil.copytree(finished_run, Path("outputs") / name)
         os.utime(folder / "config.yaml", times=(2e9 - age, 2e9 - age))
@@ -35,10 +38,10 @@ def test_latest_is_the_newest_run_with_a_checkpoint_jobs_of_sweeps_too(
     hydra = Path("outputs/newest_evaluate/.hydra")  # what Hydra notes down there is no run
     hydra.mkdir(parents=True)
     (hydra / "config.yaml").touch()
-    assert find("latest") == Path("outputs/sweep/0") / runs.LAST
+    assert find(resolve("latest")) == Path("outputs/sweep/0") / runs.LAST
     Path("latest").mkdir()  # a folder of that name is meant by it
     with pytest.raises(Refusal, match="ckpt=latest: there is no checkpoint in this folder"):
-        find("latest")
+        find(resolve("latest"))
 
 
 def test_07_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(finished_run: Path, tmp_path: Path) -> None:
@@ -72,7 +75,7 @@ def test_10_weights_of_another_architecture_are_refused_here_too(finished_run: P
 
 def test_loading_needs_neither_lightning_nor_torchvision(finished_run: Path) -> None:
     code = (
-        "import sys; from mnist_lit.trained import load; load(sys.argv[1]); "
+        "import sys; from mnist_lit.inference.trained import load; load(sys.argv[1]); "
         "print([name for name in ('lightning', 'torchvision', 'torchmetrics', 'hydra') if name in sys.modules])"
     )
     found = subprocess.check_output([sys.executable, "-c", code, finished_run], cwd=ROOT, text=True)

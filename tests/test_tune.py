@@ -18,12 +18,12 @@ import yaml
 from conftest import Command
 
 from mnist_lit import Refusal
-from mnist_lit.configuration import ConfigFiles, flat, own_values, settings
+from mnist_lit.cli.configuration import ConfigFiles, flat, own_values, settings
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
-from mnist_lit.search import Search, TrialFailed, counts
-from mnist_lit.study import knobs, make_pruner, make_sampler, open_study, require_same_search
+from mnist_lit.sweeps.search import Search, TrialFailed, counts
+from mnist_lit.sweeps.study import knobs, make_pruner, make_sampler, open_study, require_same_search
 
 SMALL = [
     *("data.source=sample", "data.batch_size=100", "data.val_size=200", "trainer.accelerator=cpu", "~space.data"),
@@ -299,7 +299,7 @@ def test_every_key_of_train_is_one_of_tune() -> None:
 def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had(
     overrides: list[str], tmp_path: Path
 ) -> None:
-    from mnist_lit.tune_report import LEFT_OUT, experiment
+    from mnist_lit.sweeps.tune_report import LEFT_OUT, experiment
 
     params = {"optimizer.lr": 0.123, "model.dropout": 0.3, "data.batch_size": 250}
     trial = optuna.create_trial(value=0.99, params=params, distributions=dict.fromkeys(params, DISTRIBUTION))
@@ -337,7 +337,7 @@ def test_the_same_sampler_seed_does_not_draw_the_same_trials_again(tmp_path: Pat
 
 
 def test_25_a_trial_whose_process_was_killed_before_it_began_does_not_stay_running(tmp_path: Path, monkeypatch) -> None:
-    from mnist_lit import search
+    from mnist_lit.sweeps import search
 
     study = opened(sqlite(tmp_path))
     never_begun, begun = study.ask(), study.ask()

@@ -1,17 +1,15 @@
-"""What training left behind, ready to use: ``ckpt=``, and the network in a checkpoint without Lightning."""
+"""A trained network, from a checkpoint or a run's folder, ready to use; without Lightning."""
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mnist_lit import Refusal, runs
-from mnist_lit.checkpoint_file import hyper_parameters, read_checkpoint, require_same_shapes, trouble
-from mnist_lit.configuration import ConfigFiles
+from mnist_lit import Refusal
 from mnist_lit.network import build_network
-
-UNKNOWN_DATA = {"name": "unknown"}  # what a checkpoint says of training data that do not come from MNISTDataModule
+from mnist_lit.storage import runs
+from mnist_lit.storage.checkpoint_file import hyper_parameters, read_checkpoint, require_same_shapes, trouble
+from mnist_lit.storage.provenance import trained_on
 
 
 class TrainedModel(nn.Module):
@@ -56,25 +54,15 @@ def find(ckpt: str | Path) -> Path:
     """The checkpoint that ``ckpt`` means.
 
     Args:
-        ckpt: A checkpoint; a run's folder, which means its best one by validation, or else its last; or ``latest``,
-            the newest run in the outputs folder, or job of a sweep in it, that has one.
+        ckpt: A checkpoint, or a run's folder, which means its best one by validation, or else its last.
 
     Raises:
         Refusal: There is none, or it is damaged; then the message names the run's newest whole one.
     """
     path = Path(ckpt).expanduser()
-    if str(ckpt) == "latest" and not path.exists():
-        outputs = ConfigFiles("train").outputs_folder()
-        folders = [folder for folder in runs.newest_first(outputs) if _checkpoint_of(folder)]
-        if not folders:
-            raise Refusal(
-                f"ckpt=latest: there is no trained model in {outputs} (python -m mnist_lit.train makes one; "
-                "ckpt= takes a checkpoint or a run's folder elsewhere)"
-            )
-        path = folders[0]
     if path.is_dir():
         folder = path
-        if not (checkpoint := _checkpoint_of(folder)):
+        if not (checkpoint := runs.checkpoint_of(folder)):
             raise Refusal(f"ckpt={ckpt}: there is no checkpoint in this folder ({runs.BEST} or {runs.LAST})")
         if reason := trouble(checkpoint):
             raise Refusal(f"ckpt={ckpt}: {reason}{runs.whole_one_instead(folder, checkpoint, 'ckpt')}")
@@ -82,27 +70,3 @@ def find(ckpt: str | Path) -> Path:
     if not path.is_file():
         raise Refusal(f"ckpt={ckpt}: there is no such checkpoint or run")
     return path
-
-
-def _checkpoint_of(folder: Path) -> Path | None:
-    return next((path for name in (runs.BEST, runs.LAST) if (path := folder / name).is_file()), None)
-
-
-def trained_on(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The data sets that a checkpoint says it was trained on."""
-    data: list[dict[str, Any]] = checkpoint.get("data", [UNKNOWN_DATA])
-    return data
-
-
-def why_not_to_test(trained_on: Iterable[Mapping[str, Any]], data: str) -> str:
-    """Why a model's accuracy on the test digits of ``data`` would mean nothing; empty if it means something.
-
-    The sample's test digits are training digits of the full set.
-    """
-    others = [facts["name"] for facts in trained_on if facts["name"] != runs.SAMPLE_NAME]
-    if not others or data != runs.SAMPLE_NAME:
-        return ""
-    return (
-        f"this model was trained on other data than the sample ({', '.join(others)}), and the sample's test "
-        "digits are training digits of the full MNIST: test it on that (data.source=mnist)"
-    )

@@ -27,12 +27,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import launch
+from mnist_lit.cli import launch
 
 SECONDS_TO_STOP = 60.0  # for the step under way and its checkpoint
 SERVER_LOST = 255  # the exit code that multiprocessing gives a process whose server was killed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PRELOADED = ("mnist_lit.preloaded",)
+PRELOADED = ("mnist_lit.cli.preloaded",)
 _one_at_a_time = threading.Lock()  # multiprocessing's processes are not to be started or asked by two threads at once
 
 
@@ -214,7 +214,7 @@ def warm_up() -> Any:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     before = dict(os.environ)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's OpenBLAS starts its threads when it is imported
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), before.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before.get("PYTHONPATH")]))
     try:
         forkserver.ensure_running()
     except OSError:  # the folder for temporary files has too long a name for a socket, or holds none

@@ -11,12 +11,12 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from mnist_lit import runs
-from mnist_lit.files import write_whole
-from mnist_lit.resume import is_free
-from mnist_lit.sweep import Job, differing, identity, read_jobs, title
+from mnist_lit.cli.resume import is_free
+from mnist_lit.storage import runs
+from mnist_lit.storage.files import write_whole
+from mnist_lit.sweeps.sweep import Job, differing, identity, read_jobs, title
 
-log = logging.getLogger("mnist_lit.sweep")
+log = logging.getLogger("mnist_lit.sweeps.sweep")
 
 FIGURES = ("val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss")
 NOT_RANKED = "data.val_size=0 holds no images out to select by, and the test images select nothing: not ranked"

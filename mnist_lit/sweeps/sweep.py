@@ -4,10 +4,12 @@ Hydra's launchers decide where and when a job runs. There its work is the plain 
 job can end another one, and a killed launcher leaves jobs behind that the same command goes on with.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterable, Sequence
@@ -15,11 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, job, launch, resume, runs
-from mnist_lit.configuration import ConfigFiles, flat, own_values, quoted
-from mnist_lit.files import write_whole
+from mnist_lit import Refusal, Stopped
+from mnist_lit.cli import job, launch, resume
+from mnist_lit.cli.configuration import ConfigFiles, flat, own_values, quoted
+from mnist_lit.storage import runs
+from mnist_lit.storage.files import write_whole
 
-log = logging.getLogger("mnist_lit.sweep")
+log = logging.getLogger("mnist_lit.sweeps.sweep")
 
 QUOTES = "'\""
 FILE = "job.json"  # in a job's folder: what it was asked, and how it ended
@@ -236,3 +240,56 @@ class Sweep:
         except ProcessLookupError:
             return True
         return False
+
+
+def run(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydra_main: Any) -> None:
+    """Plan the jobs of a sweep, have Hydra's launcher run them, and say at the end which have failed.
+
+    Raises:
+        Refusal: A job cannot be composed, this command makes no sweeps, or jobs have failed.
+    """
+    overrides: list[str] = flags.overrides
+    hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    config = files.compose([*files.sweep_jobs(overrides)[0], *hydras])
+    if config.get("resume"):
+        raise Refusal("resume= goes on with one run: leave out -m (a sweep goes on with its hydra.sweep.dir=)")
+    if any(override.startswith("hydra.sweep.subdir=") for override in hydras):
+        raise Refusal("hydra.sweep.subdir: a job's folder has the name of what was changed for it")
+    # A launcher's process that starts elsewhere finds the package where it is here.
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    job.warm_up()
+    folder = launch.claimed(overrides, "hydra.sweep.dir", config.hydra.sweep.dir)
+    with runs.in_use(folder):
+        try:
+            jobs = plan(files, overrides, folder)
+        except Exception:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing is in it
+            raise
+        for_each = [override for override in hydras if not OF_THE_SWEEP.match(override)] + ["hydra.mode=RUN"]
+        for_each += [f"--config-name={flags.config_name}"] if flags.config_name else []
+        for_each += [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
+        side_by_side = not config.hydra.launcher._target_.endswith(".BasicLauncher")
+        task = Sweep(verb, files, jobs, for_each, config.hydra.output_subdir, quiet=side_by_side)
+        # No .hydra in the sweep's folder: each job has its own.
+        launch.hand_over(
+            arguments, flags, [*overrides, quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"]
+        )
+        signal.signal(signal.SIGTERM, _stopped)
+        again = f"{runs.shown(folder.absolute())}; the same command with hydra.sweep.dir={folder} runs what is missing"
+        try:
+            hydra_main(task)()
+        except KeyboardInterrupt as error:
+            raise Stopped(signal.SIGINT, f"stopped by Ctrl-C; the sweep is in {again}") from error
+        except Stopped as stopped:
+            raise Stopped(stopped.signal, f"stopped by SIGTERM; the sweep is in {again}") from stopped
+        except Exception as error:
+            log.debug("the launcher failed", exc_info=True)
+            raise Refusal(f"the launcher failed ({type(error).__name__}: {error}); the sweep is in {again}") from error
+    if failed := sum(not job.results for job in jobs):
+        raise Refusal(f"{failed} of {len(jobs)} jobs failed; the sweep is in {again}")
+
+
+def _stopped(number: int, frame: Any) -> None:
+    raise Stopped(number, "stopped")

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mnist_lit import Stopped
-from mnist_lit.files import write_whole
-from mnist_lit.progress import epoch_name
+from mnist_lit.storage.files import write_whole
+from mnist_lit.training.progress import epoch_name
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, job, launch, runs, tune_report
-from mnist_lit.configuration import ConfigFiles, as_overrides, quoted
-from mnist_lit.study import GRACE
+from mnist_lit import Refusal
+from mnist_lit.cli import job, launch
+from mnist_lit.cli.configuration import ConfigFiles, as_overrides, quoted
+from mnist_lit.storage import runs
+from mnist_lit.sweeps import tune_report
+from mnist_lit.sweeps.study import GRACE
 
 log = logging.getLogger("mnist_lit.tune")
 

@@ -28,15 +28,15 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnist_lit import __version__
-from mnist_lit.images import SIDE, PictureError, read_grey, to_mnist
-from mnist_lit.trained import TrainedModel
+from mnist_lit.inference.images import SIDE, PictureError, read_grey, to_mnist
+from mnist_lit.inference.trained import TrainedModel
 
 MOST_BYTES = 2**20  # of a request's body
 READ_AND_DROPPED = 16 * MOST_BYTES  # of a larger one, so that its sender gets to reading the answer
 MOST_SECONDS = 5.0  # for a body to arrive
 MOST_PIXELS = 1024 * 1024  # of a picture, by what its file says before it is unpacked
 MOST_AT_ONCE = 64  # predictions that are read, waiting or computed; 64 MiB of bodies, and a tenth of a second to wait
-PAGE = files("mnist_lit") / "page"
+PAGE = files("mnist_lit.inference") / "page"
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

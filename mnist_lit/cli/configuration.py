@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import Refusal
-from mnist_lit.ranges import RANGES, of_type
+from mnist_lit.cli.ranges import RANGES, of_type
 
 # Beside the package in a checkout, inside it once installed.
-CONF = next(path for base in Path(__file__).parents[:2] if (path := base / "conf").is_dir())
+CONF = next(path for base in Path(__file__).parents[1:3] if (path := base / "conf").is_dir())
 
 # Keys whose values are paths: Hydra's grammar would choke on spaces, =, commas, ~ or umlauts in them.
 PATH_KEYS = (

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from mnist_lit import Refusal, runs
-from mnist_lit.configuration import ConfigFiles, as_overrides, flat, own_values
-from mnist_lit.files import write_whole
+from mnist_lit import Refusal
+from mnist_lit.cli.configuration import ConfigFiles, as_overrides, flat, own_values
+from mnist_lit.storage import runs
+from mnist_lit.storage.files import write_whole
 
 log = logging.getLogger("mnist_lit.tune")
 

@@ -14,9 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import loggers
 
 from mnist_lit import Refusal
-from mnist_lit.checkpoints import WholeFiles
 from mnist_lit.data import MNISTDataModule
-from mnist_lit.progress import ProgressBar
+from mnist_lit.training.checkpoints import WholeFiles
+from mnist_lit.training.progress import ProgressBar
 
 
 def build_trainer(

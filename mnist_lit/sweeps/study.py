@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import Refusal
-from mnist_lit.configuration import ConfigFiles, flat, own_values, suggestion
+from mnist_lit.cli.configuration import ConfigFiles, flat, own_values, suggestion
 
 HEARTBEAT, GRACE = 5, 15  # seconds between two signs of life of a trial, and after which it is taken for dead
 

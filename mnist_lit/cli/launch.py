@@ -19,21 +19,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, Stopped, ranks, runs
-from mnist_lit.configuration import CONF, ConfigFiles, check, flat, own_values, quoted
+from mnist_lit import Refusal, Stopped
+from mnist_lit.cli import ranks
+from mnist_lit.cli.configuration import CONF, ConfigFiles, check, flat, own_values, quoted
+from mnist_lit.storage import runs
 
 log = logging.getLogger(__name__)
 
 composed: Any = None  # a run's configuration, Hydra's part included, where another process has composed and checked it
 
 
-def launch(verb: str, work: Callable[..., Any], run_folder: bool = False, sweeps: bool = False) -> None:
+def launch(
+    verb: str, work: Callable[..., Any], run_folder: bool = False, sweep: Callable[..., Any] | None = None
+) -> None:
     """Run ``work`` with the configuration ``conf/<verb>.yaml`` and the command line's changes to it.
 
     Args:
         work: Gets the configuration's sections as plain values, and ``folder`` if ``run_folder``.
         run_folder: Whether each run has a folder of its own, which no other run may share.
-        sweeps: Whether it takes -m, for many runs.
+        sweep: What runs many at once, which is asked for with -m: ``sweeps.sweep.run``.
     """
     import hydra
     from hydra._internal.utils import get_args_parser
@@ -53,11 +57,11 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False, sweeps
             overrides = flags.overrides
             multirun = flags.multirun or "hydra.mode=MULTIRUN" in overrides
             if multirun and not _only_shows(flags):
-                if not sweeps:
+                if not sweep:
                     raise Refusal("-m: only train makes sweeps")
                 if ranks.by_torchrun():
                     raise Refusal("torchrun starts the processes of one run: leave out -m")
-                _sweep(verb, files, flags, arguments, hydra_main)
+                sweep(verb, files, flags, arguments, hydra_main)
                 return
             if composed:
                 _run(job, composed)
@@ -65,7 +69,7 @@ def launch(verb: str, work: Callable[..., Any], run_folder: bool = False, sweeps
                 return
             if not _only_shows(flags):
                 overrides, job.continued = _prepare_all(files, overrides, run_folder)
-            _hand_over(arguments, flags, overrides)
+            hand_over(arguments, flags, overrides)
             hydra_main(job)()
             job.raise_refusal()
     except Refusal as refusal:
@@ -180,7 +184,7 @@ def _only_shows(flags: Any) -> bool:
     return bool(flags.cfg or flags.info or flags.hydra_help or flags.shell_completion or flags.experimental_rerun)
 
 
-def _hand_over(arguments: list[str], flags: Any, overrides: list[str]) -> None:
+def hand_over(arguments: list[str], flags: Any, overrides: list[str]) -> None:
     """Let Hydra find these overrides on the command line, where it wants them side by side."""
     sys.argv[1:] = [*(argument for argument in arguments if argument not in flags.overrides), *overrides]
 
@@ -214,13 +218,13 @@ def _prepare(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tupl
     check_composed(files, config)
     if not run_folder or not ranks.is_first():  # the first one has the folder already
         return overrides, None
-    folder = _claimed(overrides, "hydra.run.dir", config.hydra.run.dir)
+    folder = claimed(overrides, "hydra.run.dir", config.hydra.run.dir)
     if runs.holds_run(folder):
         raise Refusal(f"{folder} holds a run already: choose another hydra.run.dir, or go on with it: resume={folder}")
     return [*overrides, quoted(f"hydra.run.dir={folder}")], None
 
 
-def _claimed(overrides: list[str], key: str, value: str | None) -> Path:
+def claimed(overrides: list[str], key: str, value: str | None) -> Path:
     """The folder that ``key`` names, made if it is not there; if it was not named, one that nobody else has."""
     if not value:
         raise Refusal(f"{key}= is empty: give it a folder, or leave it out")
@@ -231,62 +235,9 @@ def _claimed(overrides: list[str], key: str, value: str | None) -> Path:
     return folder
 
 
-def _sweep(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydra_main: Any) -> None:
-    """Plan the jobs of a sweep, have Hydra's launcher run them, and say at the end which have failed.
-
-    Raises:
-        Refusal: A job cannot be composed, this command makes no sweeps, or jobs have failed.
-    """
-    from mnist_lit import job, sweep
-
-    overrides: list[str] = flags.overrides
-    hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    config = files.compose([*files.sweep_jobs(overrides)[0], *hydras])
-    if config.get("resume"):
-        raise Refusal("resume= goes on with one run: leave out -m (a sweep goes on with its hydra.sweep.dir=)")
-    if any(override.startswith("hydra.sweep.subdir=") for override in hydras):
-        raise Refusal("hydra.sweep.subdir: a job's folder has the name of what was changed for it")
-    # A launcher's process that starts elsewhere finds the package where it is here.
-    places = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
-    job.warm_up()
-    folder = _claimed(overrides, "hydra.sweep.dir", config.hydra.sweep.dir)
-    with runs.in_use(folder):
-        try:
-            jobs = sweep.plan(files, overrides, folder)
-        except Exception:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing is in it
-            raise
-        for_each = [override for override in hydras if not sweep.OF_THE_SWEEP.match(override)] + ["hydra.mode=RUN"]
-        for_each += [f"--config-name={flags.config_name}"] if flags.config_name else []
-        for_each += [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
-        side_by_side = not config.hydra.launcher._target_.endswith(".BasicLauncher")
-        task = sweep.Sweep(verb, files, jobs, for_each, config.hydra.output_subdir, quiet=side_by_side)
-        # No .hydra in the sweep's folder: each job has its own.
-        _hand_over(arguments, flags, [*overrides, quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"])
-        signal.signal(signal.SIGTERM, _stopped)
-        again = f"{runs.shown(folder.absolute())}; the same command with hydra.sweep.dir={folder} runs what is missing"
-        try:
-            hydra_main(task)()
-        except KeyboardInterrupt as error:
-            raise Stopped(signal.SIGINT, f"stopped by Ctrl-C; the sweep is in {again}") from error
-        except Stopped as stopped:
-            raise Stopped(stopped.signal, f"stopped by SIGTERM; the sweep is in {again}") from stopped
-        except Exception as error:
-            log.debug("the launcher failed", exc_info=True)
-            raise Refusal(f"the launcher failed ({type(error).__name__}: {error}); the sweep is in {again}") from error
-    if failed := sum(not job.results for job in jobs):
-        raise Refusal(f"{failed} of {len(jobs)} jobs failed; the sweep is in {again}")
-
-
-def _stopped(number: int, frame: Any) -> None:
-    raise Stopped(number, "stopped")
-
-
 def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tuple[list[str], dict[str, Any]]:
     """The same for a run that goes on in its own folder, with its own configuration."""
-    from mnist_lit import resume
+    from mnist_lit.cli import resume
 
     if ranks.is_first() and any(override.startswith("hydra.run.dir=") for override in overrides):
         raise Refusal("resume= goes on in the run's own folder: leave out hydra.run.dir")

@@ -14,11 +14,10 @@ from typing import Any
 
 import yaml
 
-from mnist_lit import Refusal, __version__, ranks
-from mnist_lit.checkpoint_file import trouble
-from mnist_lit.files import CannotWriteError, remove_unfinished, write_whole
+from mnist_lit import Refusal, __version__
+from mnist_lit.storage.checkpoint_file import trouble
+from mnist_lit.storage.files import CannotWriteError, remove_unfinished, write_whole
 
-MNIST_NAME, SAMPLE_NAME = "mnist", "mnist-sample"  # as everything that a run writes calls the data
 BEST, LAST, PREVIOUS, NEW = (f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous", "new"))
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy")
 
@@ -65,6 +64,11 @@ def whole_one_instead(folder: Path, damaged: Path, key: str) -> str:
     return "; there is no whole one in this run"
 
 
+def checkpoint_of(folder: Path) -> Path | None:
+    """The best checkpoint of a run by validation, or else its last, if it has one."""
+    return next((path for name in (BEST, LAST) if (path := folder / name).is_file()), None)
+
+
 def shown(folder: Path) -> str:
     """``folder`` as short as it can be typed here."""
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
@@ -76,7 +80,7 @@ def how_to_go_on(folder: Path) -> str:
         return ""
     if not (folder / LAST).exists():
         return "; there is no checkpoint"
-    start = "torchrun ..." if ranks.by_torchrun() else "python"
+    start = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
     return f"; go on with: {start} -m mnist_lit.train resume={shown(folder)}"
 
 

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
 
-from mnist_lit.files import write_whole
-from mnist_lit.runs import SAMPLE_NAME
+from mnist_lit.storage.files import write_whole
+from mnist_lit.storage.provenance import SAMPLE_NAME
 
 MISTAKES = 40  # how many the page shows
 CURVES = {"loss": "loss", "acc": "accuracy"}
@@ -64,7 +64,7 @@ def write_report(
         CannotWriteError: What was there before is untouched.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mnist_lit"),
+        loader=jinja2.PackageLoader("mnist_lit.reports"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from mnist_lit import Refusal, runs
-from mnist_lit.checkpoint_file import trouble
-from mnist_lit.configuration import flat
+from mnist_lit import Refusal
+from mnist_lit.cli.configuration import flat
+from mnist_lit.storage import runs
+from mnist_lit.storage.checkpoint_file import trouble
 
 log = logging.getLogger(__name__)
 
@@ -105,17 +106,3 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
 def is_free(key: str, free: Iterable[str] = FREE) -> bool:
     """Whether ``key``, or the section that it is in, may change without making it another run."""
     return any(key == each or key.startswith(f"{each}.") for each in free)
-
-
-def compare_machines(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn of what makes the bits of a run differ from those that it would have had without a stop.
-
-    Raises:
-        Refusal: Another number of processes: each has its own share of a batch and of dropout's draws.
-    """
-    if before["processes"] != now["processes"]:
-        raise Refusal(f"the run had {before['processes']} processes and not {now['processes']}")
-    old, new = flat(before), flat(now)
-    changed = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in new if old.get(key) != new.get(key)]
-    if changed:
-        log.warning("another machine: %s; the run goes on, but its last bits may differ", ", ".join(changed))

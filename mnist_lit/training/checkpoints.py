@@ -1,6 +1,7 @@
 """When a run writes checkpoints, how no kill can leave a damaged one, and how a signal ends a run after one."""
 
 import io
+import logging
 import os
 import signal
 import threading
@@ -15,12 +16,13 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mnist_lit import Refusal, Stopped, ranks
-from mnist_lit.checkpoint_file import read_checkpoint, trouble
-from mnist_lit.files import appears_whole, sync_folder
-from mnist_lit.progress import epoch_name
-from mnist_lit.resume import compare_machines
-from mnist_lit.runs import BEST, LAST, NEW, PREVIOUS, how_to_go_on, versions
+from mnist_lit import Refusal, Stopped
+from mnist_lit.storage.checkpoint_file import read_checkpoint, trouble
+from mnist_lit.storage.files import appears_whole, sync_folder
+from mnist_lit.storage.runs import BEST, LAST, NEW, PREVIOUS, how_to_go_on, versions
+from mnist_lit.training.progress import epoch_name
+
+log = logging.getLogger(__name__)
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -163,14 +165,15 @@ class Checkpoints(Checkpoint):
     # Signals
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
+        self._listen(trainer)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._testing = True
-        self._listen()
+        self._listen(trainer)
 
-    def _listen(self) -> None:
+    def _listen(self, trainer: L.Trainer) -> None:
         """Instead of Lightning's handlers, which end a run with other exit codes; it restores those from before."""
+        self._says = trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             for number in NAMES:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a job that a shell runs in the background
@@ -180,7 +183,7 @@ class Checkpoints(Checkpoint):
         if self._testing or self._signal is not None:
             raise Stopped(number, f"stopped at once by {NAMES[signal.Signals(number)]}{how_to_go_on(self.folder)}")
         self._signal = number
-        if ranks.is_first():
+        if self._says:
             # Not the log, which may be at work in what was interrupted.
             os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
 
@@ -243,3 +246,17 @@ def _validation_follows(trainer: L.Trainer) -> bool:
     """Whether Lightning validates after this batch; a checkpoint before that would leave the validation out."""
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def compare_machines(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn of what makes the bits of a run differ from those that it would have had without a stop.
+
+    Raises:
+        Refusal: Another number of processes: each has its own share of a batch and of dropout's draws.
+    """
+    if before["processes"] != now["processes"]:
+        raise Refusal(f"the run had {before['processes']} processes and not {now['processes']}")
+    old, new = (each["versions"] | {key: each[key] for key in ("device", "threads")} for each in (before, now))
+    changed = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in new if old.get(key) != new.get(key)]
+    if changed:
+        log.warning("another machine: %s; the run goes on, but its last bits may differ", ", ".join(changed))

@@ -23,7 +23,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from tqdm import tqdm
 
 from mnist_lit import Refusal
-from mnist_lit.files import CannotWriteError, remove_unfinished, write_whole
+from mnist_lit.storage.files import CannotWriteError, remove_unfinished, write_whole
 
 # sha256 of the four raw files (torchvision checks only the compressed ones, and only while it downloads).
 RAW_FILES = {

@@ -1,18 +1,9 @@
 """Randomness as a function of where a run is, not of what was drawn before: so that a run can go on from any step."""
 
-import hashlib
-
 import lightning as L
 import torch
 
-
-def number_from(*what: int | str) -> int:
-    """A number of 63 bits that looks random and depends on ``what`` alone.
-
-    A hash, because with a sum seed 1's epoch 2 would be seed 2's epoch 1.
-    """
-    digest = hashlib.sha256(" ".join(map(str, what)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+from mnist_lit.data import number_from
 
 
 class SeedEachBatch(L.Callback):

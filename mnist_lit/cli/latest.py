@@ -1,0 +1,26 @@
+"""``ckpt=latest``: the newest run in the outputs folder that has a trained model."""
+
+from pathlib import Path
+
+from mnist_lit import Refusal
+from mnist_lit.cli.configuration import ConfigFiles
+from mnist_lit.storage import runs
+
+
+def resolve(ckpt: str | Path) -> Path:
+    """``ckpt`` as a path; for ``latest`` the folder of the newest run, or job of a sweep, that has a checkpoint.
+
+    Raises:
+        Refusal: There is none.
+    """
+    path = Path(ckpt).expanduser()
+    if str(ckpt) != "latest" or path.exists():
+        return path
+    outputs = ConfigFiles("train").outputs_folder()
+    newest = next((folder for folder in runs.newest_first(outputs) if runs.checkpoint_of(folder)), None)
+    if not newest:
+        raise Refusal(
+            f"ckpt=latest: there is no trained model in {outputs} (python -m mnist_lit.train makes one; "
+            "ckpt= takes a checkpoint or a run's folder elsewhere)"
+        )
+    return newest

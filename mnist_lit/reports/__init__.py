@@ -1,0 +1,1 @@
+"""What a run gave, in numbers and to look at."""

@@ -1,0 +1,1 @@
+"""Files: run folders, checkpoints, MNIST's own, and which data a model has seen."""

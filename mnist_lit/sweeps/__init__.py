@@ -1,0 +1,1 @@
+"""Many runs: grids and searches, their tables and pictures."""

@@ -1,0 +1,1 @@
+"""What training needs besides the model: the Trainer, its callbacks, checkpoints and exact resume."""
