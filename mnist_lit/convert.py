@@ -98,7 +98,7 @@ def from_keras(keras_model: Any) -> Any:
 def to_keras(classifier: Any, data_format: str = "channels_last") -> Any:
     """The tutorial's Keras model with the weights of an ``MNISTClassifier`` around a ``TutorialCNN``."""
     network = classifier.network
-    keras_model = keras_tutorial(data_format, network.dropout)
+    keras_model = keras_tutorial(data_format, network.dropout.p)
     layers, order = _named_layers(keras_model), _flatten_order(keras_model)
     for name in ("conv1", "conv2", "dense1", "dense2"):
         kernel = getattr(network, name).weight.detach().cpu().numpy()

@@ -8,12 +8,13 @@ import torch
 from helpers import ROOT, assert_same
 from torch import nn
 
-from mnist_lit.network import TutorialCNN, keep_mask
+from mnist_lit.kernels.dropout import keep_mask
+from mnist_lit.network import TutorialCNN
 
 
 def literal_port(network: TutorialCNN) -> nn.Sequential:
     """The tutorial's layers in the tutorial's order and PyTorch's default memory layout, with the same weights."""
-    copy = TutorialCNN(network.dropout).double()
+    copy = TutorialCNN(network.dropout.p).double()
     copy.load_state_dict(network.state_dict())
     copy.to(memory_format=torch.contiguous_format)
     return nn.Sequential(

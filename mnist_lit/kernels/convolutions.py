@@ -13,14 +13,65 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mnist_lit.kernels.dropout import Dropout, is_plain_call, keep_mask
 
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 # The best first: torch's name of a CPU's abilities, and the library that pyproject.toml compiles for it.
 LIBRARIES = {"AVX512": "_convolutions_avx512", "AVX2": "_convolutions_avx2", "DEFAULT": "_convolutions"}
+
+# The layers that ``features`` stands for.
+CONV: dict[str, Any] = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+CONV["padding_mode"] = "zeros"
+POOL = {"kernel_size": 3, "stride": 3, "padding": 0, "dilation": 1, "return_indices": False, "ceil_mode": False}
+LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "conv1": (nn.Conv2d, CONV),
+    "conv2": (nn.Conv2d, CONV),
+    "pool": (nn.MaxPool2d, POOL),
+    "dropout": (Dropout, {}),
+}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def can_replace(conv1: Any, conv2: Any, pool: Any, dropout: Any, images: Tensor) -> bool:
+    """Whether ``features`` gives what these layers give one after the other, with ReLU behind the convolutions.
+
+    It does not where a layer is another one than the tutorial's, or where something is attached to it that would be
+    skipped: hooks, parametrizations, pruning.
+    """
+    if not is_plain_call(images):
+        return False
+    named = {"conv1": conv1, "conv2": conv2, "pool": pool, "dropout": dropout}
+    reason = next((f"{name} {why}" for name, layer in named.items() if (why := _why_called(name, layer))), "")
+    reason = reason or why_plain(images, conv1.weight, conv1.bias, conv2.weight, conv2.bias)
+    if reason:
+        _say(f"convolutions: plain PyTorch, because {reason}")
+    return not reason
+
+
+def features(conv1: Any, conv2: Any, pool: nn.MaxPool2d, dropout: Dropout, images: Tensor) -> Tensor:
+    """What these layers give one after the other, with ReLU behind the convolutions: [N, F2, P, Q].
+
+    Dropout draws what it draws by itself.
+    """
+    kept, scale = None, 1.0
+    if dropout.training and dropout.p:
+        shape = (len(images), conv2.out_channels, (images.shape[2] - 4) // 3, (images.shape[3] - 4) // 3)
+        kept, scale = keep_mask(shape, dropout.p)
+    return convolutions(images, conv1.weight, conv1.bias, conv2.weight, conv2.bias, kept=kept, scale=scale)
+
+
+def _why_called(name: str, layer: nn.Module) -> str:
+    """Why a layer has to be called itself; empty if ``features`` can stand for it."""
+    cls, arguments = LAYERS[name]
+    if type(layer) is not cls or any(getattr(layer, key) != value for key, value in arguments.items()):
+        return "is another layer than the tutorial's"
+    attached = any(getattr(layer, hooks) for hooks in HOOKS) or "forward" in vars(layer)
+    return "has hooks" if attached or torch.nn.modules.module._has_any_global_hook() else ""
 
 
 def convolutions(
@@ -32,7 +83,6 @@ def convolutions(
     *,
     kept: Tensor | None = None,
     scale: float = 1.0,
-    compiled: bool = True,
 ) -> Tensor:
     """Convolution, ReLU, convolution, 3x3 max-pooling, ReLU and dropout: features [N, F2, P, Q].
 
@@ -42,7 +92,6 @@ def convolutions(
         weight2: [F2, F1, 3, 3]; bias2: [F2].
         kept: Which features dropout keeps, bool [N, F2, P, Q]; None keeps all.
         scale: What those that are kept are multiplied by.
-        compiled: False takes plain PyTorch in any case.
 
     Where the compiled operator differs from plain PyTorch by more than rounding of the values:
 
@@ -53,8 +102,7 @@ def convolutions(
     - An incoming gradient that is NaN or infinite always reaches the weights' gradients, also where ReLU masks it.
     - Where a gradient is zero nothing is added up; a dense sum has NaN for 0 times infinity there.
     """
-    reason = "it was asked for" if not compiled else why_plain(images, weight1, bias1, weight2, bias2)
-    if reason:
+    if reason := why_plain(images, weight1, bias1, weight2, bias2):
         _say(f"convolutions: plain PyTorch, because {reason}")
         return plain(images, weight1, bias1, weight2, bias2, kept=kept, scale=scale)
     _say(f"convolutions: compiled for {instruction_set()}")
@@ -81,9 +129,11 @@ def plain(
     return x * (scale if kept is None else kept.to(x.dtype) * scale)
 
 
-def why_plain(images: Tensor, *parameters: Tensor) -> str:
+def why_plain(images: Tensor, *parameters: Tensor | None) -> str:
     """Why the compiled operator cannot run on these; empty where it can."""
-    tensors = (images, *parameters)
+    tensors = (images, *(parameter for parameter in parameters if parameter is not None))
+    if len(tensors) < 5:
+        return "the compiled ones have biases"
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "the compiled ones are for the CPU"
     if any(tensor.dtype != torch.float32 for tensor in tensors) or torch.is_autocast_enabled("cpu"):
@@ -92,7 +142,7 @@ def why_plain(images: Tensor, *parameters: Tensor) -> str:
         return "the compiled ones have no gradient with respect to the images"
     if images.shape[1] != 1 or min(images.shape[2:]) < 7:
         return "the compiled ones are for images of one channel and at least 7x7 pixels"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+    if not is_plain_call(images):
         return "the compiled ones cannot be exported or transformed"
     return _library()[1]
 
