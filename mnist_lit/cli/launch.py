@@ -125,12 +125,28 @@ def _run(job: _Job, config: Any) -> None:
     _ = run_job(job, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context).return_value
 
 
-def check_composed(files: ConfigFiles, config: Any) -> None:
-    """Refuse a composed run's configuration for the reasons for which its own command would.
+def for_another_process(files: ConfigFiles, config: Any) -> Any:
+    """A composed run's configuration, checked, for the process that shall be that run.
 
-    Raises:
-        Refusal
+    Returns:
+        None where its own command shall compose it, because it has something to refuse.
     """
+    from omegaconf import OmegaConf, open_dict, read_write
+
+    try:
+        _check(files, config)
+    except Refusal:
+        return None
+    with read_write(config.hydra), open_dict(config.hydra):
+        for plugin in (
+            "launcher",
+            "sweeper",
+        ):  # as plain values: Hydra imports plugins anew, which pickle does not take
+            config.hydra[plugin] = OmegaConf.to_container(config.hydra[plugin])
+    return config
+
+
+def _check(files: ConfigFiles, config: Any) -> None:
     from omegaconf.errors import InterpolationResolutionError
 
     with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
@@ -215,7 +231,7 @@ def _prepare(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tupl
         raise Refusal("hydra.mode is MULTIRUN: a sweep is asked for with -m")
     if config.get("resume") and run_folder:
         return _prepare_resume(files, overrides, config)
-    check_composed(files, config)
+    _check(files, config)
     if not run_folder or not ranks.is_first():  # the first one has the folder already
         return overrides, None
     folder = claimed(overrides, "hydra.run.dir", config.hydra.run.dir)

@@ -158,13 +158,9 @@ class Search:
 
     def _composed(self, overrides: Sequence[str]) -> Any:
         """A trial's configuration; None where its own command shall compose it, for it has something to refuse."""
-        try:
-            with self.composing, self.files.errors_as_refusals(overrides):
-                config = self.files.compose(overrides)
-                launch.check_composed(self.files, config)
-        except Refusal:
-            return None
-        return config
+        with self.composing, contextlib.suppress(Refusal), self.files.errors_as_refusals(overrides):
+            return launch.for_another_process(self.files, self.files.compose(overrides))
+        return None
 
     def _refuse_surplus(self, trial: Any) -> None:
         """Two processes may begin the last trial at once: the one that has the higher number leaves it."""

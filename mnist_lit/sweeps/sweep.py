@@ -213,7 +213,7 @@ class Sweep:
 
     def _composed(self, mine: Job, config: Any) -> Any:
         """What Hydra has composed for this job, made to a run in the job's folder; None where its own command shall
-        compose it: it goes on with something, or has something to refuse."""
+        compose it, as it does to go on with what was begun."""
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
         from omegaconf import open_dict, read_write
@@ -225,11 +225,7 @@ class Sweep:
         with read_write(config.hydra):
             config.hydra.mode, config.hydra.output_subdir = RunMode.RUN, self.output_subdir
             config.hydra.run.dir = str(mine.folder)
-        try:
-            launch.check_composed(self.files, config)
-        except Refusal:
-            return None
-        return config
+        return launch.for_another_process(self.files, config)
 
     def _is_over(self) -> bool:
         """Whether the process that runs the sweep is gone; known only on the same machine."""
