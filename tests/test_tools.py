@@ -213,7 +213,7 @@ def test_a_subclass_may_replace_and_add_layers(images: Tensor, calls: list[str])
     torch.manual_seed(0)
     network = Wider().eval()
     assert network(images).shape == (len(images), 10) and not calls
-    x = network.pool(network.conv2(network.conv1(images).relu()).relu())
+    x = network.pool(network.conv2(network.conv1(images).relu())).relu()
     assert_same(network(images), network.norm(network.dense2(network.dense1(x.flatten(1)).sigmoid())))
 
 

@@ -38,7 +38,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def can_replace(conv1: Any, conv2: Any, pool: Any, dropout: Any, images: Tensor) -> bool:
-    """Whether ``features`` gives what these layers give one after the other, with ReLU behind the convolutions.
+    """Whether ``features`` gives what these layers give one after the other, with ReLU behind conv1 and pool.
 
     It does not where a layer is another one than the tutorial's, or where something is attached to it that would be
     skipped: hooks, parametrizations, pruning.
@@ -54,7 +54,7 @@ def can_replace(conv1: Any, conv2: Any, pool: Any, dropout: Any, images: Tensor)
 
 
 def features(conv1: Any, conv2: Any, pool: nn.MaxPool2d, dropout: Dropout, images: Tensor) -> Tensor:
-    """What these layers give one after the other, with ReLU behind the convolutions: [N, F2, P, Q].
+    """What these layers give one after the other, with ReLU behind conv1 and pool: [N, F2, P, Q].
 
     Dropout draws what it draws by itself.
     """
