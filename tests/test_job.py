@@ -168,7 +168,7 @@ def test_where_there_is_no_such_server_a_job_is_a_process_from_nothing(
 def parent(folder: Path, code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """A process of its own, with a server that has little to import."""
     (folder / "parent.py").write_text(
-        "import os, signal, sys, threading, time\nfrom pathlib import Path\nfrom mnist_lit import job\n"
+        "import os, signal, sys, threading, time\nfrom pathlib import Path\nfrom mnist_lit.cli import job\n"
         "job.PRELOADED = ('json', 'slow_to_import')\n"
         f"if __name__ == '__main__':\n{textwrap.indent(textwrap.dedent(code), '    ')}"
     )
