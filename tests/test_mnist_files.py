@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torchvision.datasets import MNIST
+from tqdm import tqdm
 
 from mnist_lit import Refusal
 from mnist_lit.data import MNISTDataModule
@@ -199,6 +200,7 @@ def fetching(raw: Path) -> int:
     if process := os.fork():
         return process
     code = 1
+    tqdm.set_lock(threading.RLock())  # else a fork shares it, and one that is killed may keep it for ever
     try:
         fetch_missing_files(raw)
         code = 0
