@@ -4,6 +4,7 @@ python benchmarks/profile_step.py DATA
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -73,6 +74,7 @@ def profile(network: Any, data: str) -> tuple[float, list[tuple[str, float]]]:
 
 
 def main(data: str) -> None:
+    import torch
     from contenders import literal_network
 
     from mnist_lit.network import TutorialCNN
@@ -83,8 +85,8 @@ def main(data: str) -> None:
     lines = [
         "# A step's profile, and the seconds before the first",
         "",
-        f"Training steps of 500 images on a CPU, milliseconds a step, mean of {STEPS}; `python",
-        "benchmarks/profile_step.py DATA` made this page.",
+        f"Training steps of 500 images, {os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}, milliseconds",
+        f"a step, mean of {STEPS}; `python benchmarks/profile_step.py DATA` made this page.",
     ]
     before = profile(literal_network(), data)
     keep_freed_memory()
