@@ -66,7 +66,6 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("mnist_lit.network", ["lightning", "torchvision", "hydra", "mnist_lit.cli"]),
         ("mnist_lit.data", ["hydra", "mnist_lit.cli", "multiprocessing.forkserver"]),
         ("mnist_lit.model", ["hydra", "mnist_lit.cli", "mnist_lit.data"]),
     ],

@@ -1,1 +1,1 @@
-"""What stands between the command line and a verb: composing and checking the configuration, help, errors as one sentence, processes."""
+"""What stands between the command line and a verb: configuration, help, errors as one sentence, processes."""

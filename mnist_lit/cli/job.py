@@ -214,7 +214,7 @@ def warm_up() -> Any:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     before = dict(os.environ)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's OpenBLAS starts its threads when it is imported
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), before.get("PYTHONPATH")]))
+    find_package()
     try:
         forkserver.ensure_running()
     except OSError:  # the folder for temporary files has too long a name for a socket, or holds none
@@ -224,6 +224,13 @@ def warm_up() -> Any:
         os.environ.update(before)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
+
+
+def find_package() -> None:
+    """Let the Python processes that this one starts, wherever they start, find the package where it is here."""
+    own = str(Path(__file__).parents[2])
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([own, *(place for place in places if place not in ("", own))])
 
 
 class _Descriptor:

@@ -138,10 +138,7 @@ def for_another_process(files: ConfigFiles, config: Any) -> Any:
     except Refusal:
         return None
     with read_write(config.hydra), open_dict(config.hydra):
-        for plugin in (
-            "launcher",
-            "sweeper",
-        ):  # as plain values: Hydra imports plugins anew, which pickle does not take
+        for plugin in ("launcher", "sweeper"):  # plain values: pickle refuses classes that Hydra has imported anew
             config.hydra[plugin] = OmegaConf.to_container(config.hydra[plugin])
     return config
 
@@ -176,7 +173,7 @@ def help_text(verb: str, overrides: list[str]) -> str:
 
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
-    """In this block, which imports, say after a second what is being loaded."""
+    """In this block, which imports, collect no garbage, and say after a second what is being loaded."""
     # Imports leave no garbage; to look for it among half a million objects takes a sixth of their time, and later 0.4 s
     # again and again. What was there before torch is hardly worth a thought.
     first, collects = "torch" not in sys.modules, gc.isenabled()

@@ -1,5 +1,7 @@
 """What the server of ``job`` imports once for all jobs: the other packages that a training run takes.
 
+For that server alone: whoever else imports this gets them and no more.
+
 This one's own modules each job reads as they are when it starts.
 """
 
@@ -11,6 +13,7 @@ gc.disable()  # as in launch.loading
 
 import inspect
 import os
+import sys
 
 import filelock
 import hydra
@@ -29,5 +32,6 @@ import tqdm.contrib.logging
 PIL.Image.init()
 inspect.getmodule(inspect.currentframe())  # makes a table of all modules, for which torch asks with each operator
 gc.freeze()
-atexit.register(os._exit, 0)  # taking it all down takes seconds, in which a pipe that it has inherited stays open
+if any("multiprocessing.forkserver" in argument for argument in sys.orig_argv):
+    atexit.register(os._exit, 0)  # taking it all down takes seconds, in which a pipe that it has inherited stays open
 gc.enable()

@@ -1,6 +1,5 @@
 """``resume=``: which run goes on, from which checkpoint, and with which configuration."""
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,6 @@ from mnist_lit import Refusal
 from mnist_lit.cli.configuration import flat
 from mnist_lit.storage import runs
 from mnist_lit.storage.checkpoint_file import trouble
-
-log = logging.getLogger(__name__)
 
 # What may change without making it another run: where the data are (their checksum is compared), what is shown and
 # recorded, and what it runs on, though with another device or another number of threads the bits will differ.

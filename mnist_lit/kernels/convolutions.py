@@ -25,8 +25,14 @@ FOLDER = Path(__file__).parent
 LIBRARIES = {"AVX512": "_convolutions_avx512", "AVX2": "_convolutions_avx2", "DEFAULT": "_convolutions"}
 
 # The layers that ``features`` stands for.
-CONV: dict[str, Any] = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-CONV["padding_mode"] = "zeros"
+CONV = {
+    "kernel_size": (3, 3),
+    "stride": (1, 1),
+    "padding": (0, 0),
+    "dilation": (1, 1),
+    "groups": 1,
+    "padding_mode": "zeros",
+}
 POOL = {"kernel_size": 3, "stride": 3, "padding": 0, "dilation": 1, "return_indices": False, "ceil_mode": False}
 LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "conv1": (nn.Conv2d, CONV),
@@ -62,13 +68,14 @@ def features(conv1: Any, conv2: Any, pool: nn.MaxPool2d, dropout: Dropout, image
     if dropout.training and dropout.p:
         shape = (len(images), conv2.out_channels, (images.shape[2] - 4) // 3, (images.shape[3] - 4) // 3)
         kept, scale = keep_mask(shape, dropout.p)
-    return convolutions(images, conv1.weight, conv1.bias, conv2.weight, conv2.bias, kept=kept, scale=scale)
+    return _compiled(images, conv1.weight, conv1.bias, conv2.weight, conv2.bias, kept, scale)
 
 
 def _why_called(name: str, layer: nn.Module) -> str:
     """Why a layer has to be called itself; empty if ``features`` can stand for it."""
     cls, arguments = LAYERS[name]
-    if type(layer) is not cls or any(getattr(layer, key) != value for key, value in arguments.items()):
+    others = type(layer) is not cls or any(getattr(layer, key) != value for key, value in arguments.items())
+    if others or getattr(layer, "bias", True) is None:
         return "is another layer than the tutorial's"
     attached = any(getattr(layer, hooks) for hooks in HOOKS) or "forward" in vars(layer)
     return "has hooks" if attached or torch.nn.modules.module._has_any_global_hook() else ""
@@ -105,10 +112,15 @@ def convolutions(
     if reason := why_plain(images, weight1, bias1, weight2, bias2):
         _say(f"convolutions: plain PyTorch, because {reason}")
         return plain(images, weight1, bias1, weight2, bias2, kept=kept, scale=scale)
+    return _compiled(images, weight1, bias1, weight2, bias2, kept, scale)
+
+
+def _compiled(images: Tensor, *others: Any) -> Tensor:
     _say(f"convolutions: compiled for {instruction_set()}")
     # Without gradients the function itself: the operator's first call imports torch._dynamo, three seconds of it.
-    run = forward if torch.is_grad_enabled() or torch.compiler.is_compiling() else _forward
-    return run(images, weight1, bias1, weight2, bias2, kept, scale)[0]
+    run = forward if torch.is_grad_enabled() else _forward
+    features: Tensor = run(images, *others)[0]
+    return features
 
 
 def plain(
@@ -129,11 +141,9 @@ def plain(
     return x * (scale if kept is None else kept.to(x.dtype) * scale)
 
 
-def why_plain(images: Tensor, *parameters: Tensor | None) -> str:
+def why_plain(images: Tensor, *parameters: Tensor) -> str:
     """Why the compiled operator cannot run on these; empty where it can."""
-    tensors = (images, *(parameter for parameter in parameters if parameter is not None))
-    if len(tensors) < 5:
-        return "the compiled ones have biases"
+    tensors = (images, *parameters)
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "the compiled ones are for the CPU"
     if any(tensor.dtype != torch.float32 for tensor in tensors) or torch.is_autocast_enabled("cpu"):

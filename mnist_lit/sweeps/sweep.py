@@ -251,9 +251,7 @@ def run(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydra_m
         raise Refusal("resume= goes on with one run: leave out -m (a sweep goes on with its hydra.sweep.dir=)")
     if any(override.startswith("hydra.sweep.subdir=") for override in hydras):
         raise Refusal("hydra.sweep.subdir: a job's folder has the name of what was changed for it")
-    # A launcher's process that starts elsewhere finds the package where it is here.
-    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    job.find_package()  # a launcher's process may start elsewhere
     job.warm_up()
     folder = launch.claimed(overrides, "hydra.sweep.dir", config.hydra.sweep.dir)
     with runs.in_use(folder):

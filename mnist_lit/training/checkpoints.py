@@ -256,7 +256,7 @@ def compare_machines(before: dict[str, Any], now: dict[str, Any]) -> None:
     """
     if before["processes"] != now["processes"]:
         raise Refusal(f"the run had {before['processes']} processes and not {now['processes']}")
-    old, new = (each["versions"] | {key: each[key] for key in ("device", "threads")} for each in (before, now))
+    old, new = (each["versions"] | {key: each.get(key) for key in ("device", "threads")} for each in (before, now))
     changed = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in new if old.get(key) != new.get(key)]
     if changed:
         log.warning("another machine: %s; the run goes on, but its last bits may differ", ", ".join(changed))
