@@ -31,7 +31,7 @@ import tqdm.contrib.logging
 
 PIL.Image.init()
 inspect.getmodule(inspect.currentframe())  # makes a table of all modules, for which torch asks with each operator
-gc.freeze()
 if any("multiprocessing.forkserver" in argument for argument in sys.orig_argv):
+    gc.freeze()
     atexit.register(os._exit, 0)  # taking it all down takes seconds, in which a pipe that it has inherited stays open
 gc.enable()

@@ -33,7 +33,7 @@ def learning_curve(history: list[dict[str, Any]], results: dict[str, Any], path:
     """
     figure = Figure(figsize=(9, 3.8))
     # A layout engine would take as long as the drawing itself.
-    figure.subplots_adjust(left=0.07, right=0.99, top=0.86, bottom=0.13, wspace=0.16)
+    figure.subplots_adjust(left=0.07, right=0.985, top=0.86, bottom=0.13, wspace=0.16)
     for axes, key in zip(figure.subplots(1, 2), CURVES, strict=True):
         _draw_curve(axes, key, history, results)
         axes.set_title(CURVES[key])
@@ -109,7 +109,7 @@ def _curve_svg(key: str, history: list[dict[str, Any]], results: dict[str, Any])
     style: Any = {**dict.fromkeys(colors, TEXT_COLOR), "svg.fonttype": "none", "legend.framealpha": 0.0}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5, 3.6))
-        figure.subplots_adjust(left=0.13, right=0.98, top=0.97, bottom=0.14)
+        figure.subplots_adjust(left=0.13, right=0.96, top=0.97, bottom=0.14)
         _draw_curve(figure.subplots(), key, history, results)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
