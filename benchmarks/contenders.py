@@ -134,7 +134,7 @@ def own_plain_step(data: str, epochs: int, batches: int) -> Any:
     from mnist_lit.training.memory import keep_freed_memory
 
     keep_freed_memory()
-    return torch_loop(lambda dropout: TutorialCNN(dropout, compiled=False), data, epochs, batches)
+    return torch_loop(lambda dropout: TutorialCNN(dropout, cpu_kernel=False), data, epochs, batches)
 
 
 def lightning(workers: int, data: str, epochs: int, batches: int) -> Any:

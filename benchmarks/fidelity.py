@@ -4,7 +4,7 @@ python benchmarks/fidelity.py DATA [--keras 12] [--ours 20] [--variant NAME SEED
 
 A process for each training, Keras and this project in turn. What is finished is in docs/fidelity.json; the same command
 goes on after a kill, and with more seeds after a finished one. A variant is this project with something changed, to find
-the cause of a difference: --variant "plain path" 8 model.compiled=false
+the cause of a difference: --variant "plain path" 8 model.cpu_kernel=false
 """
 
 import argparse

@@ -92,7 +92,7 @@ def main(data: str) -> None:
     keep_freed_memory()
     contenders = {
         "Before: a literal port in plain PyTorch": before,
-        "Without the compiled operator": profile(TutorialCNN(compiled=False), data),
+        "Without the compiled operator": profile(TutorialCNN(cpu_kernel=False), data),
         "After: what runs by default": profile(TutorialCNN(), data),
     }
     for title, (total, rows) in contenders.items():

@@ -25,7 +25,7 @@ from scipy import stats
 from mnist_lit.cli.configuration import ConfigFiles, settings
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import MNISTClassifier
-from mnist_lit.sweeps.study import knobs, make_pruner, make_sampler
+from mnist_lit.sweeps.study import distributions, make_pruner, make_sampler
 from mnist_lit.training import memory
 from mnist_lit.training.randomness import SeedEachBatch
 
@@ -38,7 +38,7 @@ HEAD = """\
 
 `python benchmarks/search.py DATA` made this page: {repeats} repeats, each with the same seeds for both searches, at the
 cost of {cost} epochs each ({TRIALS} whole trials of {EPOCHS} epochs through {SHARE:.0%} of the full MNIST's training images).
-The knobs and their ranges are those of `conf/tune.yaml`. Validation is on {VALIDATION:,} images; test is the mean of the found
+The distributions and their ranges are those of `conf/tune.yaml`. Validation is on {VALIDATION:,} images; test is the mean of the found
 settings over {seeds} seeds that no search had, on 10,000 images.
 
 | repeat | random: trials | validation | test | search: trials (pruned) | validation | test | test, difference |
@@ -90,7 +90,7 @@ def search(name: str, repeat: int, folder: str, data_of: dict[tuple[int, int], A
     sampler, pruner = SEARCHES[name]
     spent, budget = [0], TRIALS * EPOCHS
     study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, repeat), pruner=make_pruner(pruner))
-    draws = knobs(settings("tune")["space"], [], ConfigFiles("train"))
+    draws = distributions(settings("tune")["space"], [], ConfigFiles("train"))
 
     def objective(trial: Any) -> float:
         values = {key: suggest(trial) for key, suggest in draws.items()}

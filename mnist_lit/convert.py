@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, require_packages
+from mnist_lit import UserError, require_packages
 from mnist_lit.cli.launch import launch, loading
-from mnist_lit.storage.files import appears_whole, require_free
+from mnist_lit.storage.atomic import atomic_path, require_free
 
 # How far the two models' probabilities may lie apart on random images before a conversion counts as wrong.
 TOLERANCE = 1e-5
@@ -31,20 +31,20 @@ def convert(source: str, target: str, data_format: str = "channels_last", overwr
         overwrite: Replace a target that is there.
 
     Raises:
-        Refusal: A file that is missing, in the way or not what it should be, or a model of another architecture.
+        UserError: A file that is missing, in the way or not what it should be, or a model of another architecture.
     """
     source_path, target_path = Path(source), Path(target)
     endings = (source_path.suffix, target_path.suffix)
     if endings not in ((".keras", ".ckpt"), (".ckpt", ".keras")):
-        raise Refusal(f"source={source} target={target}: one must end in .keras and the other in .ckpt")
+        raise UserError(f"source={source} target={target}: one must end in .keras and the other in .ckpt")
     if not source_path.is_file():
-        raise Refusal(f"source={source}: there is no such file")
+        raise UserError(f"source={source}: there is no such file")
     require_free("target", target_path, overwrite)
     os.environ.setdefault("KERAS_BACKEND", "torch")
     require_packages("convert", "keras")
     with loading("Keras"):
         import keras  # noqa: F401
-    with appears_whole(target_path) as temporary:
+    with atomic_path(target_path) as temporary:
         if endings[0] == ".keras":
             save_checkpoint(from_keras(load_keras(source_path)), temporary)
         else:
@@ -71,7 +71,7 @@ def from_keras(keras_model: Any) -> Any:
     """An ``MNISTClassifier`` with the weights of the tutorial's Keras model, of either data format.
 
     Raises:
-        Refusal: The model's architecture is another one; the message names the first difference.
+        UserError: The model's architecture is another one; the message names the first difference.
     """
     import numpy as np
     import torch
@@ -116,16 +116,16 @@ def load_keras(path: Path) -> Any:
     try:
         return keras.saving.load_model(path, compile=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refusal(f"{path}: Keras cannot read it ({' '.join(str(error).split())[:300]})") from error
+        raise UserError(f"{path}: Keras cannot read it ({' '.join(str(error).split())[:300]})") from error
 
 
 def load_checkpoint(path: Path) -> Any:
-    from mnist_lit.model import load_classifier
+    from mnist_lit.inference.trained import load_classifier
     from mnist_lit.network import TutorialCNN
 
     classifier = load_classifier(path)
     if type(classifier.network) is not TutorialCNN:
-        raise Refusal(
+        raise UserError(
             f"{path}: holds a {type(classifier.network).__name__}; only the tutorial's network has a Keras twin"
         )
     return classifier
@@ -153,18 +153,18 @@ def _named_layers(keras_model: Any) -> dict[str, Any]:
     found = _layers(keras_model)
     kinds, found_kinds = ([type(layer).__name__ for layer in layers] for layers in (expected, found))
     if kinds != found_kinds:
-        raise Refusal(f"another architecture: the layers are {', '.join(found_kinds)} instead of {', '.join(kinds)}")
+        raise UserError(f"another architecture: the layers are {', '.join(found_kinds)} instead of {', '.join(kinds)}")
     for name, want, have in zip(names, expected, found, strict=True):
         want_config, have_config = want.get_config(), have.get_config()
         for key in COMPARED.get(type(want).__name__, ()):
             if want_config[key] != have_config[key]:
-                raise Refusal(
+                raise UserError(
                     f"another architecture: {type(have).__name__} '{have.name}' (this project's {name}) has "
                     f"{key}={have_config[key]} instead of {want_config[key]}"
                 )
     shape, allowed = tuple(keras_model.input_shape[1:]), ((28, 28, 1), (1, 28, 28))
     if shape not in allowed:
-        raise Refusal(f"another architecture: its images are {shape} instead of {allowed[0]} or {allowed[1]}")
+        raise UserError(f"another architecture: its images are {shape} instead of {allowed[0]} or {allowed[1]}")
     return dict(zip(names, found, strict=True))
 
 
@@ -197,7 +197,7 @@ def _require_same_probabilities(keras_model: Any, classifier: Any) -> None:
     shape = (32, *keras_model.input_shape[1:])
     theirs = np.asarray(keras_model.predict(images.numpy().reshape(shape), verbose=0))
     if not (difference := float(np.abs(ours - theirs).max())) <= TOLERANCE:
-        raise Refusal(f"another architecture: the same weights give probabilities that differ by {difference:.2g}")
+        raise UserError(f"another architecture: the same weights give probabilities that differ by {difference:.2g}")
 
 
 def main() -> None:

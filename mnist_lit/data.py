@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.storage.mnist_files import (
-    NotAvailableError,
+    DownloadError,
     fetch_missing_files,
     missing_files,
     read_mnist,
@@ -51,7 +51,7 @@ class MNISTDataModule(L.LightningDataModule):
         seed: With the epoch's number it decides the order of the training images.
 
     Raises:
-        Refusal: Damaged or missing files, or a ``val_size`` that leaves nothing to train on.
+        UserError: Damaged or missing files, or a ``val_size`` that leaves nothing to train on.
 
     There is no ``num_workers``: a batch takes a fraction of a millisecond, so there is nothing to hand to a worker.
     """
@@ -69,9 +69,9 @@ class MNISTDataModule(L.LightningDataModule):
             return
         try:
             fetch_missing_files(self.dir / "MNIST" / "raw")
-        except NotAvailableError as error:
+        except DownloadError as error:
             if self.source == "mnist":
-                raise Refusal(str(error)) from error
+                raise UserError(str(error)) from error
             why = textwrap.fill(
                 f"Why: {error}", 76, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
             )
@@ -87,7 +87,7 @@ class MNISTDataModule(L.LightningDataModule):
             name, arrays = MNIST_NAME, read_mnist(raw)
         train_images, train_labels, self.test_images, self.test_labels = arrays
         if not 0 <= self.val_size < len(train_labels):
-            raise Refusal(
+            raise UserError(
                 f"data.val_size={self.val_size}: must be from 0 to {len(train_labels) - 1}, "
                 f"for there are {len(train_labels):,} training images ({name})"
             )

@@ -25,7 +25,7 @@ def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer
         What ``metrics.json`` holds.
 
     Raises:
-        Refusal: The checkpoint, a value, the data or this machine do not allow the test, or it would mean nothing.
+        UserError: The checkpoint, a value, the data or this machine do not allow the test, or it would mean nothing.
     """
     folder = Path(folder)
     with loading("PyTorch"):
@@ -34,26 +34,26 @@ def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer
     path = find(latest.resolve(ckpt))  # before the imports that take ten seconds
     with loading("torchvision and Lightning"):
         from mnist_lit.data import MNISTDataModule
-        from mnist_lit.model import load_classifier
+        from mnist_lit.inference.trained import load_classifier
         from mnist_lit.reports.report import write_report
-        from mnist_lit.reports.scores import TestAnswers, scores
+        from mnist_lit.reports.scores import PredictionCollector, scores
         from mnist_lit.training import memory
         from mnist_lit.training.trainer import build_trainer, check_limit, device_name
 
     classifier = load_classifier(path)
-    datamodule, answers = MNISTDataModule(**data), TestAnswers()
+    datamodule, answers = MNISTDataModule(**data), PredictionCollector()
     lightning_trainer = build_trainer(folder, trainer, None, [answers])
     datamodule.prepare_data()
     datamodule.setup()
     check_limit("test", datamodule, trainer)
-    with runs.in_use(folder) if lightning_trainer.is_global_zero else nullcontext():
+    with runs.locked(folder) if lightning_trainer.is_global_zero else nullcontext():
         started = time.perf_counter()
         (test,) = lightning_trainer.test(classifier, datamodule, verbose=False)
         results = {
             "test/loss": test["test/loss"],
             "test/acc": test["test/acc"],
             **scores(answers.probabilities, answers.labels),
-            "ckpt": runs.shown(path.absolute()),
+            "ckpt": runs.display_path(path.absolute()),
             "trained_on": classifier.trained_on,
             "test_seconds": time.perf_counter() - started,
             "peak_memory_bytes": memory.peak_memory_bytes(),
@@ -80,7 +80,7 @@ def _table(results: dict[str, Any], folder: Path) -> str:
     data = results["data"]["name"]
     warning = ", NOT THE FULL MNIST" if data == SAMPLE_NAME else ""
     lines.append(f"{results['test/images']:,} images of {data}{warning}, with {results['ckpt']}")
-    lines.append(f"the report: {runs.shown(folder)}/report.html")
+    lines.append(f"the report: {runs.display_path(folder)}/report.html")
     return "\n".join(lines)
 
 

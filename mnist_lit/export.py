@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist_lit import Refusal, __version__, require_packages
+from mnist_lit import UserError, __version__, require_packages
 from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
-from mnist_lit.storage.files import appears_whole, require_free
+from mnist_lit.storage.atomic import atomic_path, require_free
 
 if TYPE_CHECKING:
     from mnist_lit.inference.trained import TrainedModel
@@ -39,12 +39,12 @@ def export(
         What the file says of itself: ``version``, ``network``, ``trained_on``, ``tested_on``, ``test_accuracy``.
 
     Raises:
-        Refusal: The file would be in the way, a package is missing, the checkpoint or the data do not allow it, or the
+        UserError: The file would be in the way, a package is missing, the checkpoint or the data do not allow it, or the
             file answers otherwise than the model; then there is none.
     """
     path = Path(output)
     if path.suffix not in WRITERS:
-        raise Refusal(f"output={output}: must end in {', '.join(WRITERS)}")
+        raise UserError(f"output={output}: must end in {', '.join(WRITERS)}")
     require_free("output", path, overwrite)
     write, packages = WRITERS[path.suffix]
     require_packages(f"output={output}", *packages)
@@ -72,7 +72,7 @@ def export(
         "tested_on": "" if reason else datamodule.facts["name"],
         "test_accuracy": "" if reason else f"{(expected.argmax(1) == labels).mean():.4f}",
     }
-    with appears_whole(path) as temporary:
+    with atomic_path(path) as temporary:
         answers = write(model, temporary, facts)
         _require_same_answers(answers, images.numpy(), expected)
     print(f"{output}: written, and gives the same {len(images):,} answers as {model.path}")
@@ -89,7 +89,7 @@ def _write_onnx(model: "TrainedModel", path: Path, facts: dict[str, str]) -> Ans
     names: dict[str, Any] = {"input_names": ["image"], "output_names": ["probabilities"], "verbose": False}
     program: Any = torch.onnx.export(_program(model), **names, dynamic_shapes={"images": {0: "N"}})
     if others := {node.domain for node in program.model.graph} - {""}:
-        raise Refusal(f"the network needs operators that are not of ONNX's standard: {', '.join(others)}")
+        raise UserError(f"the network needs operators that are not of ONNX's standard: {', '.join(others)}")
     program.model.metadata_props.update(facts)
     program.save(path)
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
@@ -120,7 +120,7 @@ def _program(model: "TrainedModel") -> Any:
         program = torch.export.export(model, (torch.zeros(2, 1, 28, 28),), dynamic_shapes=batch)
     except Exception as error:  # whatever a network of somebody's own may run into
         reason = " ".join(str(error).split())[:300]
-        raise Refusal(f"the network cannot be exported: {type(error).__name__}: {reason}") from error
+        raise UserError(f"the network cannot be exported: {type(error).__name__}: {reason}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
@@ -130,11 +130,11 @@ def _write_safetensors(model: "TrainedModel", path: Path, facts: dict[str, str])
     import torch
     from safetensors.torch import load_file, save_file
 
-    from mnist_lit.network import build_network
+    from mnist_lit.build import build
 
     weights = {key: value.contiguous() for key, value in model.network.state_dict().items()}
     save_file(weights, path, metadata=facts)
-    loaded = build_network(model.description).eval()
+    loaded = build("model", model.description, torch.nn.Module).eval()
     loaded.load_state_dict(load_file(path))
 
     def answers(images: np.ndarray) -> np.ndarray:
@@ -155,7 +155,7 @@ WRITERS: dict[str, tuple[Callable[..., Answers], tuple[str, ...]]] = {
 def _require_same_answers(answers: Answers, images: np.ndarray, expected: np.ndarray) -> None:
     """
     Raises:
-        Refusal: To one image the file gives another digit, or a probability that is not the same to ``TOLERANCE``.
+        UserError: To one image the file gives another digit, or a probability that is not the same to ``TOLERANCE``.
     """
     for size in (*SIZES, len(images)):
         batches = [images[:size]] if size < len(images) else np.split(images, range(500, len(images), 500))
@@ -163,7 +163,7 @@ def _require_same_answers(answers: Answers, images: np.ndarray, expected: np.nda
         difference = float(np.abs(found - expected[:size]).max())
         others = int((found.argmax(1) != expected[:size].argmax(1)).sum())
         if not difference <= TOLERANCE or others:
-            raise Refusal(
+            raise UserError(
                 f"the exported model is another one: of {size:,} test images it takes {others:,} for another digit, and "
                 f"its probabilities differ by up to {difference:.2g} instead of {TOLERANCE:g}; nothing was written"
             )

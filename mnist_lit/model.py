@@ -1,7 +1,6 @@
 """``MNISTClassifier``: the LightningModule around a network, with its loss, metrics and optimizer."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,36 +9,36 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit import Refusal
-from mnist_lit.network import build_network, built
-from mnist_lit.storage.checkpoint_file import hyper_parameters, read_checkpoint, require_same_shapes
+from mnist_lit import UserError
+from mnist_lit.build import build
+from mnist_lit.storage.checkpoint_file import require_same_shapes, with_current_names
 from mnist_lit.storage.provenance import UNKNOWN_DATA, trained_on, why_not_to_test
 
-TUTORIAL_MODEL = {"network": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "compiled": True}
-TUTORIAL_OPTIMIZER = {"name": "Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
+TUTORIAL_MODEL = {"_target_": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "cpu_kernel": True}
+TUTORIAL_OPTIMIZER = {"_target_": "torch.optim.Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
 
 
 class MNISTClassifier(L.LightningModule):
     """Trains and tests a network that turns images [N, 1, 28, 28] into ten logits; outside it shows probabilities.
 
     Args:
-        model: The network's class by its dotted name (``network``), and the class's own arguments.
-        optimizer: The optimizer's class in ``torch.optim`` (``name``), and the class's own arguments.
+        model: The network's class by its dotted name (``_target_``), and the class's arguments.
+        optimizer: The same for the optimizer.
         Both default to the tutorial's and are saved in checkpoints as plain values.
 
     Attributes:
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.
 
     Raises:
-        Refusal: A class that does not exist, or arguments that it does not take.
+        UserError: A class that does not exist, or arguments that it does not take.
     """
 
     def __init__(self, model: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        model = dict(TUTORIAL_MODEL if model is None else model)
-        optimizer = dict(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
+        model = with_current_names(TUTORIAL_MODEL if model is None else model)
+        optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
         self.save_hyperparameters()
-        self.network = build_network(model)
+        self.network = build("model", model, nn.Module)
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics() for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
         self.configure_optimizers()  # a wrong argument is refused here, before any work
@@ -49,13 +48,8 @@ class MNISTClassifier(L.LightningModule):
         return self.network(images).softmax(dim=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.hparams["optimizer"]
-        cls = getattr(torch.optim, str(optimizer["name"]), None)
-        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-            raise Refusal(f"optimizer.name={optimizer['name']}: torch.optim has no optimizer of that name")
-        arguments = {key: value for key, value in optimizer.items() if key != "name"}
-        optimizer_built: torch.optim.Optimizer = built(cls, "optimizer", arguments, self.parameters())
-        return optimizer_built
+        kind = torch.optim.Optimizer
+        return build("optimizer", self.hparams["optimizer"], kind, self.parameters())
 
     def setup(self, stage: str) -> None:
         if self.trainer.strategy.root_device.type not in ("cpu", "cuda"):
@@ -124,7 +118,7 @@ class MNISTClassifier(L.LightningModule):
 
     def on_test_start(self) -> None:
         if reason := why_not_to_test(self.trained_on, _facts(self.trainer.test_dataloaders)["name"]):
-            raise Refusal(reason)
+            raise UserError(reason)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["data"] = self.trained_on
@@ -132,7 +126,7 @@ class MNISTClassifier(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """
         Raises:
-            Refusal: The weights are those of another network.
+            UserError: The weights are those of another network.
         """
         self.trained_on = trained_on(checkpoint)
         require_same_shapes(self.state_dict(), checkpoint["state_dict"])
@@ -157,19 +151,6 @@ class MNISTClassifier(L.LightningModule):
     def _metrics(self, stage: str) -> Any:
         """The stage's metrics by their names, ``loss`` and ``acc``."""
         return self.metrics[f"{stage}_metrics"]
-
-
-def load_classifier(path: Path) -> MNISTClassifier:
-    """The model of a checkpoint, on the CPU, wherever it was trained; nothing in the file is executed.
-
-    Raises:
-        Refusal: The file is missing, damaged, not from this project, or its weights are not those of its network.
-    """
-    checkpoint = read_checkpoint(path)
-    classifier = MNISTClassifier(**hyper_parameters(checkpoint, path))
-    classifier.on_load_checkpoint(checkpoint)
-    classifier.load_state_dict(checkpoint["state_dict"])
-    return classifier
 
 
 def _facts(loaders: Any) -> dict[str, Any]:

@@ -1,13 +1,8 @@
 """The tutorial's network as a plain ``nn.Module``: torch and nothing else, so that using a model starts fast."""
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from mnist_lit import Refusal
 from mnist_lit.kernels.convolutions import can_replace, features
 from mnist_lit.kernels.dropout import Dropout
 
@@ -18,11 +13,11 @@ class TutorialCNN(nn.Module):
     Weights start as Keras starts them: Glorot-uniform kernels, zero biases.
 
     Args:
-        dropout: Share of the 4,096 pooled values that a training step drops, from 0 to below 1.
-        compiled: Whether the convolutions may run as compiled C (``mnist_lit.kernels``), where that applies.
+        dropout: Fraction of the 4,096 pooled values that a training step drops, at least 0 and less than 1.
+        cpu_kernel: Whether the convolutions may run as one C function (``mnist_lit.kernels``) where it applies.
     """
 
-    def __init__(self, dropout: float = 0.5, compiled: bool = True) -> None:
+    def __init__(self, dropout: float = 0.5, cpu_kernel: bool = True) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 32, 3)
         self.conv2 = nn.Conv2d(32, 64, 3)
@@ -30,7 +25,7 @@ class TutorialCNN(nn.Module):
         self.dropout = Dropout(dropout)
         self.dense1 = nn.Linear(4096, 250)
         self.dense2 = nn.Linear(250, 10)
-        self.compiled = compiled
+        self.cpu_kernel = cpu_kernel
         for name, parameter in self.named_parameters():
             if name.endswith("weight"):
                 nn.init.xavier_uniform_(parameter)
@@ -43,7 +38,7 @@ class TutorialCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, 10] of images [N, 1, 28, 28] with values from 0 to 1."""
         layers = self.conv1, self.conv2, self.pool, self.dropout
-        if self.compiled and can_replace(*layers, images):
+        if self.cpu_kernel and can_replace(*layers, images):
             x = features(*layers, images)  # the four lines below as one operator
         else:
             x = self.conv1(images).relu()  # [N, 32, 26, 26]
@@ -55,36 +50,3 @@ class TutorialCNN(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise NotImplementedError("TutorialCNN does not support torch.jit.script: take torch.export or torch.compile")
-
-
-def build_network(model: Mapping[str, Any]) -> nn.Module:
-    """The network that a configuration's section ``model`` describes, with fresh weights.
-
-    Args:
-        model: The class by its dotted name (``network``), and the class's own arguments.
-
-    Raises:
-        Refusal: There is no such class, or it does not take the arguments.
-    """
-    dotted = model["network"]
-    module, _, name = dotted.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise Refusal(f"model.network={dotted}: no such class ({error})") from error
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise Refusal(f"model.network={dotted}: not a torch.nn.Module")
-    network: nn.Module = built(cls, "model", {key: value for key, value in model.items() if key != "network"})
-    return network
-
-
-def built(cls: Callable[..., Any], section: str, arguments: Mapping[str, Any], *first: Any) -> Any:
-    """``cls(*first, **arguments)``.
-
-    Raises:
-        Refusal: The class does not take the arguments, which are a configuration's ``section``.
-    """
-    try:
-        return cls(*first, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Refusal(f"{section}: {error} (the keys of {section} are the arguments of this class)") from error

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mnist_lit import Refusal, require_packages
+from mnist_lit import UserError, require_packages
 from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
-from mnist_lit.inference.contact_sheet import MOST, contact_sheet_of
-from mnist_lit.storage.files import require_free, write_whole
+from mnist_lit.inference.contact_sheet import MAX_PICTURES, contact_sheet_of
+from mnist_lit.storage.atomic import atomic_write, require_free
 
 BATCH = 128  # pictures that are read, and then predicted, at a time
 MANY = 512  # from so many pictures on, other processes read them
@@ -49,17 +49,17 @@ def predict(
         why and else is None.
 
     Raises:
-        Refusal: No picture is found at all, or a value, a file that is in the way or the checkpoint does not allow it.
+        UserError: No picture is found at all, or a value, a file that is in the way or the checkpoint does not allow it.
     """
     require_packages("predict", "scipy")
     for key, path, endings in (("output", output, (".csv", ".json")), ("contact_sheet", contact_sheet, (".png",))):
         if path is not None:
             if Path(path).suffix.lower() not in endings:
-                raise Refusal(f"{key}={path}: must end in {' or '.join(endings)}")
+                raise UserError(f"{key}={path}: must end in {' or '.join(endings)}")
             require_free(key, Path(path), overwrite)
     found = list(find_pictures([images] if isinstance(images, (str, Path)) else images))
     if all(error for _, error in found):
-        raise Refusal("; ".join(f"images={path}: {error}" for path, error in found))
+        raise UserError("; ".join(f"images={path}: {error}" for path, error in found))
     rows: list[dict[str, Any]] = []
     pictures: list[np.ndarray | None] = []
     paths = [path for path, error in found if not error]
@@ -78,13 +78,13 @@ def predict(
                 with torch.inference_mode():
                     answers = iter(model(torch.from_numpy(np.stack(pixels)).unsqueeze(1).float().div(255)).tolist())
             rows += [_row(path, None if each is None else next(answers), error) for path, each, error in batch]
-            pictures += [each for _, each, _ in batch] if contact_sheet and len(pictures) < MOST else []
+            pictures += [each for _, each, _ in batch] if contact_sheet and len(pictures) < MAX_PICTURES else []
             bar.update(len(batch))
     if contact_sheet:
-        write_whole(Path(contact_sheet), contact_sheet_of(rows, pictures))
+        atomic_write(Path(contact_sheet), contact_sheet_of(rows, pictures))
     rows += missing
     if output:
-        write_whole(Path(output), _csv(rows) if Path(output).suffix.lower() == ".csv" else _json(rows))
+        atomic_write(Path(output), _csv(rows) if Path(output).suffix.lower() == ".csv" else _json(rows))
     return rows
 
 
@@ -141,7 +141,7 @@ def _reading(paths: list[str], preprocess: str) -> Iterator[Iterator[list[Read]]
     try:
         yield processes.map(read, batches)
     except BrokenProcessPool as error:
-        raise Refusal("a process that reads pictures was killed; is there enough memory?") from error
+        raise UserError("a process that reads pictures was killed; is there enough memory?") from error
     finally:
         processes.shutdown(cancel_futures=True)
 
@@ -187,7 +187,7 @@ def _command(**values: Any) -> None:
     """``predict`` with its results on the terminal.
 
     Raises:
-        Refusal: Some pictures could not be read: for the exit code, after the others have been predicted.
+        UserError: Some pictures could not be read: for the exit code, after the others have been predicted.
     """
     rows = predict(**values)
     failed = [row for row in rows if row["error"]]
@@ -200,7 +200,7 @@ def _command(**values: Any) -> None:
     for row in failed[:20]:
         print(f"{row['file']}: {row['error']}", file=sys.stderr)
     if failed:
-        raise Refusal(f"{len(failed):,} of {len(rows):,} could not be predicted")
+        raise UserError(f"{len(failed):,} of {len(rows):,} could not be predicted")
 
 
 def main() -> None:

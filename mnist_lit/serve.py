@@ -5,12 +5,12 @@ import sys
 import webbrowser
 from pathlib import Path
 
-from mnist_lit import Refusal, require_packages
+from mnist_lit import UserError, require_packages
 from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
 
 LOOPBACK = ("127.0.0.1", "localhost")
-MOST_CONNECTIONS = 500  # open at a time; a process may have some 1,000 open files
+MAX_CONNECTIONS = 500  # open at a time; a process may have some 1,000 open files
 
 
 def serve(
@@ -21,7 +21,7 @@ def serve(
     Prints ``ready: `` and the address when it answers.
 
     Raises:
-        Refusal: The port is in use, a package is missing, or the checkpoint does not allow it.
+        UserError: The port is in use, a package is missing, or the checkpoint does not allow it.
     """
     require_packages("serve", "starlette", "uvicorn", "scipy")
     with _listening(port, allow_remote) as listener:
@@ -53,7 +53,7 @@ def serve(
                 access_log=False,
                 server_header=False,
                 ws="none",
-                limit_concurrency=MOST_CONNECTIONS,
+                limit_concurrency=MAX_CONNECTIONS,
                 timeout_graceful_shutdown=3,
             )
         ).run([listener])
@@ -62,12 +62,12 @@ def serve(
 def _listening(port: int, allow_remote: bool) -> socket.socket:
     """
     Raises:
-        Refusal: The port is in use, or not allowed.
+        UserError: The port is in use, or not allowed.
     """
     try:
-        return socket.create_server(("" if allow_remote else LOOPBACK[0], port), backlog=MOST_CONNECTIONS)
+        return socket.create_server(("" if allow_remote else LOOPBACK[0], port), backlog=MAX_CONNECTIONS)
     except (OSError, OverflowError) as error:
-        raise Refusal(f"port={port}: cannot listen there ({error}); port=0 takes any that is free") from error
+        raise UserError(f"port={port}: cannot listen there ({error}); port=0 takes any that is free") from error
 
 
 def main() -> None:

@@ -35,12 +35,12 @@ def train(
         What ``metrics.json`` holds.
 
     Raises:
-        Refusal: A value, the data or this machine do not allow the run, or it fails.
-        Stopped: A signal came; what there is so far is in a checkpoint.
+        UserError: A value, the data or this machine do not allow the run, or it fails.
+        Interrupted: A signal came; what there is so far is in a checkpoint.
     """
     folder = Path(folder)
     if resume and (finished := _results_of_finished_run(folder, trainer)):
-        log.info("%s is finished:\n\n%s", runs.shown(folder), _table(finished, folder))
+        log.info("%s is finished:\n\n%s", runs.display_path(folder), _table(finished, folder))
         return finished
     # Here and not at the top: they take ten seconds, which --help and a mistyped key need not wait for.
     with loading("PyTorch and Lightning"):
@@ -50,7 +50,7 @@ def train(
         from mnist_lit.data import MNISTDataModule
         from mnist_lit.model import MNISTClassifier
         from mnist_lit.reports.report import learning_curve, write_report
-        from mnist_lit.reports.scores import TestAnswers, scores
+        from mnist_lit.reports.scores import PredictionCollector, scores
         from mnist_lit.training import memory
         from mnist_lit.training.checkpoints import Checkpoints, StopOnNaN
         from mnist_lit.training.randomness import SeedEachBatch
@@ -69,19 +69,19 @@ def train(
     checkpoints = Checkpoints(folder, **(checkpoint or {}), enabled=wanted)
     if not datamodule.val_size:
         trainer = {**trainer, "limit_val_batches": 0, "val_check_interval": None}  # nothing to validate on
-    answers = TestAnswers()
+    answers = PredictionCollector()
     callbacks = [SeedEachBatch(seed), StopOnNaN(), recorder, checkpoints, answers]
     lightning_trainer = build_trainer(folder, trainer, logger, callbacks, resumed=bool(resume))
     datamodule.prepare_data()
     datamodule.setup()
     check_batches(lightning_trainer, datamodule, trainer)
-    with runs.in_use(folder) if lightning_trainer.is_global_zero else nullcontext():
+    with runs.locked(folder) if lightning_trainer.is_global_zero else nullcontext():
         if lightning_trainer.is_global_zero:
-            (runs.go_on if resume else runs.begin)(folder, config, datamodule.facts)
-        _say_what_runs(lightning_trainer, classifier, datamodule, trainer["enable_model_summary"], seed)
+            (runs.reopen if resume else runs.create)(folder, config, datamodule.facts)
+        _log_run_header(lightning_trainer, classifier, datamodule, trainer["enable_model_summary"], seed)
         start = Path(resume) if resume and Path(resume).is_file() else None
         if resume:
-            log.info("going on with %s from %s", runs.shown(folder), start.name if start else "its beginning")
+            log.info("going on with %s from %s", runs.display_path(folder), start.name if start else "its beginning")
         # A line of the log goes above the bar, not into it; there is one bar.
         with logging_redirect_tqdm() if lightning_trainer.is_global_zero else nullcontext():
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
@@ -120,7 +120,7 @@ def train(
         return results
 
 
-def _say_what_runs(trainer: Any, classifier: Any, datamodule: Any, summary: bool, seed: int) -> None:
+def _log_run_header(trainer: Any, classifier: Any, datamodule: Any, summary: bool, seed: int) -> None:
     if summary:
         log.info("%s\n%s parameters", classifier.network, f"{sum(p.numel() for p in classifier.parameters()):,}")
     counts = [f"{datamodule.facts[key]:,}" for key in ("train", "val", "test")]
@@ -153,7 +153,7 @@ def _table(results: dict[str, Any], folder: Path) -> str:
     lines.append(f"{count} epoch{'s' * (count > 1)} in {seconds:.0f} s on {results['device']}")
     data = results["data"]["name"]
     warning = ", NOT THE FULL MNIST" if data == SAMPLE_NAME else ""
-    lines.append(f"data: {data}{warning}; everything is in {runs.shown(folder)}")
+    lines.append(f"data: {data}{warning}; everything is in {runs.display_path(folder)}")
     return "\n".join(lines)
 
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, Stopped, require_packages
+from mnist_lit import Interrupted, UserError, require_packages
 from mnist_lit.cli import job
-from mnist_lit.cli.configuration import ConfigFiles, as_overrides, flat, own_values
+from mnist_lit.cli.configuration import ConfigFiles, as_overrides, flatten, plain_values
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.sweeps.search import Search
-from mnist_lit.sweeps.study import knobs, make_pruner, make_sampler, open_study, require_same_search
+from mnist_lit.sweeps.study import distributions, make_pruner, make_sampler, open_study, require_same_search
 from mnist_lit.sweeps.sweep import identity
 from mnist_lit.sweeps.tune_report import report
 
@@ -47,19 +47,19 @@ def tune(
         Optuna's study.
 
     Raises:
-        Refusal: The space has keys that there are not, the study was made for another search, or its storage is out of
+        UserError: The space has keys that there are not, the study was made for another search, or its storage is out of
             reach; or the first trials all failed, or none came to its end.
-        Stopped: Ctrl-C or SIGTERM came; the trials under way will be run again.
+        Interrupted: Ctrl-C or SIGTERM came; the trials under way will be run again.
     """
     require_packages("tune", "optuna")
     with loading("Optuna"):
         import optuna  # noqa: F401
     folder, files = Path(folder), ConfigFiles("train", config_dir)
-    draws = knobs(space, overrides, files)
+    draws = distributions(space, overrides, files)
     opened = open_study(storage, study, make_pruner(pruner))
     opened.sampler = make_sampler(sampler, sampler_seed, len(opened.trials))
     with files.errors_as_refusals(overrides):
-        config = flat(own_values(files.compose(overrides), resolve=False))
+        config = flatten(plain_values(files.compose(overrides), resolve=False))
     require_same_search(opened, study, {"space": space, "settings": json.loads(identity(config, ()))})
     Search(folder, opened, n_trials, draws, files, overrides, workers).work()
     report(folder, opened, overrides, files)
@@ -73,25 +73,25 @@ def _command(**values: Any) -> None:
     job.warm_up()
     of_hydra = HydraConfig.get()
     if values["resume"]:
-        raise Refusal("resume= goes on with a run; a search goes on with its storage= and study=")
+        raise UserError("resume= goes on with a run; a search goes on with its storage= and study=")
     if not values["data"]["val_size"]:
-        raise Refusal("data.val_size=0: there would be no validation accuracy to search for")
+        raise UserError("data.val_size=0: there would be no validation accuracy to search for")
     given = [each for each in of_hydra.overrides.task if each.lstrip("+~").split("=")[0].split(".")[0] not in OWN]
     folders = [source.path for source in of_hydra.runtime.config_sources if source.provider == "command-line"]
     files = ConfigFiles("train", folders[0] if folders else None)
-    train = flat(own_values(files.compose(given)))
+    train = flatten(plain_values(files.compose(given)))
     # What tune.yaml sets otherwise than train.yaml.
-    others = as_overrides({key: value for key, value in flat(values).items() if train.get(key, value) != value})
+    others = as_overrides({key: value for key, value in flatten(values).items() if train.get(key, value) != value})
 
     def stopped(number: int, frame: Any) -> None:
-        raise Stopped(number, "stopped by SIGTERM; the trials under way will be run again by the same command")
+        raise Interrupted(number, "stopped by SIGTERM; the trials under way will be run again by the same command")
 
     signal.signal(signal.SIGTERM, stopped)
     own = {key: values[key] for key in OWN}
     try:
         tune(of_hydra.runtime.output_dir, **own, overrides=[*given, *others], config_dir=files.user_folder)
     except KeyboardInterrupt as error:
-        raise Stopped(
+        raise Interrupted(
             signal.SIGINT, "stopped by Ctrl-C; the trials under way will be run again by the same command"
         ) from error
 

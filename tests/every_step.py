@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from helpers import assert_same, final, small
 
-from mnist_lit import Stopped
+from mnist_lit import Interrupted
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.storage import runs
 from mnist_lit.train import train
@@ -42,7 +42,7 @@ def main() -> None:
         folder, taken = Path(f"stopped at {stop_at}"), 0
         try:
             train(folder, **SETTINGS)
-        except Stopped:
+        except Interrupted:
             assert taken == stop_at
         else:
             raise AssertionError(f"it was not stopped at step {stop_at}")

@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from mnist_lit.cli.configuration import flat, settings
+from mnist_lit.cli.configuration import flatten, settings
 from mnist_lit.storage import runs
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["data.source=sample", "trainer.accelerator=cpu", "trainer.fast_dev_run=2"]
 # What a clock or the system decides, and not the run.
 MEASURED = ("epoch_seconds", "fit_seconds", "seconds", "peak_memory_bytes")
-MOST_LINES = 8
+MAX_LINES = 8
 
 
 def small(*overrides: str) -> dict[str, Any]:
     """The settings of a run over the sample that takes a few seconds: two epochs of three batches."""
     values = copy.deepcopy(_small(()))
-    changes = flat(OmegaConf.to_container(OmegaConf.from_dotlist([*overrides])))  # type: ignore[arg-type]
-    if not changes.keys() <= flat(values).keys():
+    changes = flatten(OmegaConf.to_container(OmegaConf.from_dotlist([*overrides])))  # type: ignore[arg-type]
+    if not changes.keys() <= flatten(values).keys():
         return copy.deepcopy(_small(overrides))
     for key, value in changes.items():  # without Hydra, which takes a fifth of such a run's time
         section, _, name = key.rpartition(".")
@@ -77,7 +77,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 
 def shortened(lines: Iterator[str]) -> list[str]:
-    first = list(itertools.islice(lines, MOST_LINES))
+    first = list(itertools.islice(lines, MAX_LINES))
     more = sum(1 for _ in lines)
     return [*first, f"and {more} more"] if more else first
 

@@ -76,7 +76,7 @@ def main() -> None:
     os.chdir(tempfile.mkdtemp())
     Path("odd_networks.py").write_text(NETWORK)
     Path("conf/model").mkdir(parents=True)
-    Path("conf/model/odd.yaml").write_text("network: odd_networks.Odd\nnumber: 0\n")
+    Path("conf/model/odd.yaml").write_text("_target_: odd_networks.Odd\nnumber: 0\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     sweep = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

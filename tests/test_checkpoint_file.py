@@ -12,14 +12,15 @@ import pytest
 import torch
 from helpers import ROOT, assert_same, small
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.cli.resume import find
-from mnist_lit.model import MNISTClassifier, load_classifier
+from mnist_lit.inference.trained import load_classifier
+from mnist_lit.model import MNISTClassifier
 from mnist_lit.storage import runs
-from mnist_lit.storage.checkpoint_file import read_checkpoint, trouble
-from mnist_lit.storage.files import TEMPORARY, CannotWriteError
+from mnist_lit.storage.atomic import TEMPORARY, WriteError
+from mnist_lit.storage.checkpoint_file import corruption, read_checkpoint
 from mnist_lit.train import train
-from mnist_lit.training.checkpoints import WholeFiles
+from mnist_lit.training.checkpoints import AtomicCheckpointIO
 
 
 @pytest.fixture
@@ -44,15 +45,15 @@ def test_05_a_full_disk_says_what_is_needed_and_keeps_the_checkpoint_before(run:
 import sys, pathlib
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from mnist_lit.training.checkpoints import WholeFiles
-from mnist_lit.storage.files import CannotWriteError
+from mnist_lit.training.checkpoints import AtomicCheckpointIO
+from mnist_lit.storage.atomic import WriteError
 path = pathlib.Path({str(tmp_path / "disk" / "last.ckpt")!r})
 content = torch.load({str(run / runs.LAST)!r}, weights_only=True)
-WholeFiles().save_checkpoint(content, path)
+AtomicCheckpointIO().save_checkpoint(content, path)
 before = path.read_bytes()
 try:
-    WholeFiles().save_checkpoint(content, path)
-except CannotWriteError as error:
+    AtomicCheckpointIO().save_checkpoint(content, path)
+except WriteError as error:
     print(error, path.read_bytes() == before, len(list(path.parent.iterdir())))
 """
     (tmp_path / "disk").mkdir()
@@ -74,7 +75,7 @@ def test_06_a_folder_that_cannot_be_written_to_later_ends_the_run_loudly(tmp_pat
         folder.write_text("a file in place of the folder")
 
     monkeypatch.setattr(MNISTClassifier, "on_train_start", on_train_start)
-    with pytest.raises(CannotWriteError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write"):
         train(folder, **small())
 
 
@@ -83,11 +84,11 @@ def test_07_a_checkpoint_cut_short_is_refused_and_the_newest_whole_one_named(run
     content = last.read_bytes()
     for length in (1, 100, len(content) // 2, len(content) - 1):
         last.write_bytes(content[:length])
-        with pytest.raises(Refusal, match=r"damaged|not a checkpoint") as refused:
+        with pytest.raises(UserError, match=r"damaged|not a checkpoint") as refused:
             find(str(run), run.parent)
         assert str(refused.value).endswith(f"the newest whole one: resume={run / runs.PREVIOUS}")
     (run / runs.PREVIOUS).write_bytes(b"PK\3\4")
-    with pytest.raises(Refusal, match="there is no whole one in this run"):
+    with pytest.raises(UserError, match="there is no whole one in this run"):
         find(str(run), run.parent)
 
 
@@ -100,7 +101,7 @@ def test_07_one_flipped_bit_is_found_wherever_it_changes_anything(run: Path) -> 
         damaged = bytearray(content)
         damaged[place] ^= 1 << draw.randrange(8)
         last.write_bytes(damaged)
-        if trouble(last):
+        if corruption(last):
             found += 1
         else:  # the filling between two tensors
             state = read_checkpoint(last)["state_dict"]
@@ -112,8 +113,8 @@ def test_07_one_flipped_bit_is_found_wherever_it_changes_anything(run: Path) -> 
     damaged[record.header_offset + 1000] ^= 1
     (run / runs.PREVIOUS).write_bytes(damaged)
     torch.load(run / runs.PREVIOUS, weights_only=True)
-    with pytest.raises(Refusal, match="damaged"):
-        WholeFiles().load_checkpoint(run / runs.PREVIOUS)
+    with pytest.raises(UserError, match="damaged"):
+        AtomicCheckpointIO().load_checkpoint(run / runs.PREVIOUS)
 
 
 def test_08_what_is_no_checkpoint_gets_one_line(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_08_what_is_no_checkpoint_gets_one_line(tmp_path: Path) -> None:
         "list": "has no state_dict",
         "weights": "does not say which network it is of",
     }.items():
-        with pytest.raises(Refusal, match=reason) as refused:
+        with pytest.raises(UserError, match=reason) as refused:
             load_classifier(tmp_path / name)
         assert "\n" not in str(refused.value)
 
@@ -148,11 +149,11 @@ class Payload:
 def test_09_nothing_in_a_checkpoint_is_executed(run: Path, tmp_path: Path) -> None:
     content = torch.load(run / runs.LAST, weights_only=True)
     torch.save({**content, "extra": Payload(tmp_path / "executed")}, tmp_path / "pickle.ckpt")
-    with pytest.raises(Refusal, match="nothing was read"):
+    with pytest.raises(UserError, match="nothing was read"):
         load_classifier(tmp_path / "pickle.ckpt")
     content["hyper_parameters"]["_instantiator"] = "os.abort"
     torch.save(content, tmp_path / "instantiator.ckpt")
-    with pytest.raises(Refusal, match="nothing of it was called"):
+    with pytest.raises(UserError, match="nothing of it was called"):
         load_classifier(tmp_path / "instantiator.ckpt")
     assert not (tmp_path / "executed").exists()
 
@@ -164,7 +165,7 @@ def test_10_weights_of_another_architecture_are_refused_with_the_difference(run:
     weights["network.dense3.bias"] = weights.pop("network.dense1.bias")
     torch.save(content, tmp_path / "other.ckpt")
     for load in (load_classifier, MNISTClassifier.load_from_checkpoint):
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(UserError) as refused:
             load(tmp_path / "other.ckpt")
         for part in (
             "no network.dense1.bias",

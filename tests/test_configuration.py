@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.cli.configuration import quoted, settings
 from mnist_lit.cli.ranges import RANGES
 
@@ -61,7 +61,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("overrides", "sentence"), REFUSALS)
 def test_28_mistakes_are_refused_in_one_sentence(overrides: str, sentence: str) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         settings("train", *overrides.split())
     assert str(refusal.value).startswith(sentence)
     assert "\n" not in str(refusal.value)
@@ -96,11 +96,11 @@ def test_values_that_people_use_are_accepted() -> None:
 
 
 def test_every_range_is_of_a_key_that_exists() -> None:
-    from mnist_lit.cli.configuration import CONF, flat
+    from mnist_lit.cli.configuration import CONF, flatten
 
     keys: set[str] = set()
     for optimizer in (path.stem for path in (CONF / "optimizer").glob("*.yaml")):
-        keys |= flat(settings("train", f"optimizer={optimizer}")).keys()
+        keys |= flatten(settings("train", f"optimizer={optimizer}")).keys()
     for verb, *required in (
         ("convert", "source=a", "target=b"),
         ("evaluate",),
@@ -109,7 +109,7 @@ def test_every_range_is_of_a_key_that_exists() -> None:
         ("predict", "images=a"),
         ("export", "output=a"),
     ):
-        keys |= flat(settings(verb, *required)).keys()
+        keys |= flatten(settings(verb, *required)).keys()
     assert RANGES.keys() <= keys
 
 
@@ -127,7 +127,7 @@ def test_tilde_is_the_home_folder_and_quotes_of_the_users_stay() -> None:
 
 
 def test_missing_values_are_named() -> None:
-    with pytest.raises(Refusal, match="source=, target= must be given"):
+    with pytest.raises(UserError, match="source=, target= must be given"):
         settings("convert")
 
 

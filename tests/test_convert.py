@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_same
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.convert import convert, from_keras, keras_tutorial, load_checkpoint, to_keras
 from mnist_lit.model import MNISTClassifier
 
@@ -149,7 +149,7 @@ def test_a_wrong_flatten_order_would_be_noticed(monkeypatch: pytest.MonkeyPatch)
     keras_model = keras_tutorial()
     keras_model.set_weights([weights * 3 for weights in keras_model.get_weights()])
     monkeypatch.setattr("mnist_lit.convert._flatten_order", lambda model: np.arange(4096))
-    with pytest.raises(Refusal, match="probabilities that differ"):
+    with pytest.raises(UserError, match="probabilities that differ"):
         from_keras(keras_model)
 
 
@@ -184,7 +184,7 @@ def test_another_architecture_is_refused_with_the_difference(
     position: int, layer: Any, difference: str, tmp_path: Path
 ) -> None:
     changed(position, layer).save(tmp_path / "other.keras")
-    with pytest.raises(Refusal, match=difference):
+    with pytest.raises(UserError, match=difference):
         convert(str(tmp_path / "other.keras"), str(tmp_path / "model.ckpt"))
     assert [path.name for path in tmp_path.iterdir()] == ["other.keras"]
 
@@ -203,7 +203,7 @@ def test_files_that_cannot_be_converted_are_refused(finished_run: Path, tmp_path
         (str(tmp_path / "empty.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
         (str(tmp_path / "text.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
     ):
-        with pytest.raises(Refusal, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             convert(source, target)
     assert len(list(tmp_path.iterdir())) == 4
     convert(checkpoint, str(tmp_path / "empty.keras"), overwrite=True)

@@ -301,7 +301,7 @@ def test_a_training_run_with_and_without_it_agrees(tmp_path: Path) -> None:
     from mnist_lit.train import train
 
     with_it, without = (
-        train(tmp_path / str(compiled), **small(f"model.compiled={compiled}")) for compiled in (True, False)
+        train(tmp_path / str(compiled), **small(f"model.cpu_kernel={compiled}")) for compiled in (True, False)
     )
     assert with_it["train/loss"] == pytest.approx(without["train/loss"], rel=2e-5)
     assert with_it["test/loss"] == pytest.approx(without["test/loss"], rel=5e-4)

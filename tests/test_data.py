@@ -10,7 +10,7 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 from torchvision.transforms.functional import to_pil_image
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.data import EpochBatches, MNISTDataModule, epoch_order, scale, stratified_choice
 
 
@@ -90,7 +90,7 @@ def test_stratified_choice_keeps_proportions_to_within_one() -> None:
 
 @pytest.mark.parametrize("val_size", [4000, 5000, -1])
 def test_29_a_split_that_leaves_nothing_to_train_on_is_refused(val_size: int) -> None:
-    with pytest.raises(Refusal, match=f"data.val_size={val_size}: must be from 0 to 3999"):
+    with pytest.raises(UserError, match=f"data.val_size={val_size}: must be from 0 to 3999"):
         MNISTDataModule(source="sample", val_size=val_size).setup()
 
 

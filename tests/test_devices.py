@@ -12,7 +12,7 @@ from helpers import assert_same, final, results, small
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
-from mnist_lit import Stopped
+from mnist_lit import Interrupted
 from mnist_lit.cli.configuration import settings
 from mnist_lit.evaluate import evaluate
 from mnist_lit.model import MNISTClassifier
@@ -122,7 +122,7 @@ def test_a_run_ends_as_on_the_cpu(trained: Path, device: dict[str, Any], tmp_pat
         train(tmp_path / name, **values)
         for name, values in (
             ("device", on(device, small("model.dropout=0", "data.val_size=200"))),
-            ("cpu", small("model.dropout=0", "data.val_size=200", "model.compiled=false")),
+            ("cpu", small("model.dropout=0", "data.val_size=200", "model.cpu_kernel=false")),
         )
     )
     assert one["device"] != other["device"] == results(tmp_path / "cpu")["device"]
@@ -166,7 +166,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_bits(
 
     monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
     asked = on(device, small("data.val_size=200"))
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         train(tmp_path / "run", **asked)
     train(tmp_path / "run", **{**asked, "resume": str(tmp_path / "run" / runs.LAST)})
     assert_same(final(tmp_path / "run"), final(trained))

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mnist_lit import Refusal, __version__
+from mnist_lit import UserError, __version__
 from mnist_lit.export import export
 from mnist_lit.inference.trained import load
 from mnist_lit.network import TutorialCNN
@@ -124,7 +124,7 @@ class Unexportable(TwoFaced):
 
 def checkpoint_of(network: type[nn.Module], path: Path, data: str = "mnist-sample") -> Path:
     weights = {f"network.{key}": value for key, value in network().state_dict().items()}
-    parameters = {"model": {"network": f"{network.__module__}.{network.__name__}"}, "optimizer": {}}
+    parameters = {"model": {"_target_": f"{network.__module__}.{network.__name__}"}, "optimizer": {}}
     torch.save({"state_dict": weights, "hyper_parameters": parameters, "data": [{"name": data}]}, path)
     return path
 
@@ -138,7 +138,7 @@ def test_30_a_model_that_differs_from_the_original_leaves_no_file(
     network: type[nn.Module], sentence: str, ending: str, tmp_path: Path
 ) -> None:
     ckpt = checkpoint_of(network, tmp_path / "model.ckpt")
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         export(tmp_path / f"model.{ending}", ckpt, SAMPLE)
     assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
 
@@ -168,6 +168,6 @@ def test_27_export_as_a_command_and_what_it_refuses(
         ("model.keras", "must end in .onnx, .pt2, .safetensors"),
         ("nowhere/model.onnx", "there is no folder nowhere"),
     ):
-        with pytest.raises(Refusal) as refused:
+        with pytest.raises(UserError) as refused:
             export(output, finished_run, SAMPLE)
         assert sentence in str(refused.value)

@@ -92,7 +92,7 @@ def test_what_a_job_says_and_how_it_ends_comes_back(tmp_path: Path, capfd: pytes
     began = tmp_path / "run" / "checkpoints"
     ended = job.run("train", asked, cwd=tmp_path, quiet=True, look=began.exists)
     assert ended.code == 143 and "stopped by SIGTERM after step" in ended.reason
-    assert "killed by SIGKILL" in job.Ended(-signal.SIGKILL, "").reason
+    assert "killed by SIGKILL" in job.Result(-signal.SIGKILL, "").reason
 
 
 def test_a_job_that_is_killed_ends_alone(probe: Path, command: Command) -> None:

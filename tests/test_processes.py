@@ -15,7 +15,7 @@ import pytest
 from conftest import Command
 from helpers import ROOT, assert_same, final, results
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.cli import ranks
 from mnist_lit.cli.configuration import settings
 from mnist_lit.evaluate import evaluate
@@ -312,10 +312,10 @@ def test_torchruns_numbers_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None
     numbers = ["trainer.devices=4", "trainer.num_nodes=2"]
     for typed in ([], ["trainer.devices=4"], ["trainer.num_nodes=2", "trainer.devices=auto"]):
         assert ranks.with_torchruns_numbers(["seed=1", *typed]) == ["seed=1", *numbers]
-    with pytest.raises(Refusal, match="devices=2: torchrun has started 4 processes on each of 2 machines"):
+    with pytest.raises(UserError, match="devices=2: torchrun has started 4 processes on each of 2 machines"):
         ranks.with_torchruns_numbers(["trainer.devices=2"])
     monkeypatch.setenv("WORLD_SIZE", "7")
-    with pytest.raises(Refusal, match="torchrun has started 7 processes on 2 machines: give each equally many"):
+    with pytest.raises(UserError, match="torchrun has started 7 processes on 2 machines: give each equally many"):
         ranks.with_torchruns_numbers([])
 
 

@@ -11,7 +11,7 @@ from conftest import Browser
 
 from mnist_lit.network import TutorialCNN
 from mnist_lit.reports.report import write_report
-from mnist_lit.reports.scores import TestAnswers, scores
+from mnist_lit.reports.scores import PredictionCollector, scores
 from mnist_lit.storage import runs
 
 WITHOUT_END = {"meta", "img", "br", "path", "use", "rect"}
@@ -68,7 +68,7 @@ def test_a_runs_page_is_one_whole_file_that_refers_to_nothing_else(validated_run
 
 
 def test_the_worst_mistakes_come_first_and_none_that_is_right(tmp_path: Path) -> None:
-    answers = TestAnswers()
+    answers = PredictionCollector()
     answers.labels = torch.tensor([3, 3, 3, 3])
     answers.probabilities = torch.full((4, 10), 0.01)
     for row, (digit, probability) in enumerate([(3, 0.9), (5, 0.5), (8, 0.8), (7, 0.6)]):
@@ -83,7 +83,7 @@ def test_the_worst_mistakes_come_first_and_none_that_is_right(tmp_path: Path) ->
     assert "<script>alert(1)</script>" in page.text  # as text
 
 
-def write(folder: Path, answers: TestAnswers, network: torch.nn.Module, config: dict) -> None:
+def write(folder: Path, answers: PredictionCollector, network: torch.nn.Module, config: dict) -> None:
     results = {
         "test/loss": float("nan"),
         "test/acc": 0.25,
@@ -101,7 +101,7 @@ def write(folder: Path, answers: TestAnswers, network: torch.nn.Module, config: 
 
 
 def test_a_network_without_mistakes_has_a_page_too(tmp_path: Path) -> None:
-    answers = TestAnswers()
+    answers = PredictionCollector()
     answers.labels, answers.probabilities = torch.arange(10), torch.eye(10)
     answers.images = torch.zeros(10, 28, 28, dtype=torch.uint8)
     write(tmp_path, answers, TutorialCNN(), {})

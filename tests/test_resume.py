@@ -16,7 +16,7 @@ from conftest import Command
 from helpers import ROOT, assert_same, differences, final, small
 from soak import PHASES, outcome
 
-from mnist_lit import Refusal, Stopped
+from mnist_lit import Interrupted, UserError
 from mnist_lit.cli.resume import continued, find
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.storage import runs
@@ -49,9 +49,9 @@ class Batches:
 
         monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
 
-    def stopped_run(self, folder: Path, at: int, settings: dict[str, Any]) -> Stopped:
+    def stopped_run(self, folder: Path, at: int, settings: dict[str, Any]) -> Interrupted:
         self.stop_at = at
-        with pytest.raises(Stopped) as stopped:
+        with pytest.raises(Interrupted) as stopped:
             train(folder, **settings)
         self.stop_at = None
         return stopped.value
@@ -94,7 +94,7 @@ def test_01_stopped_twice_and_without_any_checkpoint_yet(tmp_path: Path, monkeyp
     folder = tmp_path / "run"
     batches.stopped_run(folder, 2, small())
     batches.stop_at = 4
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         resumed(folder, small())
     batches.stop_at = None
     resumed(folder, small())
@@ -184,14 +184,14 @@ def started(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
 def test_12_what_would_be_another_run_is_refused_and_what_may_change_is_taken(finished_run: Path) -> None:
     run = find(str(finished_run), finished_run.parent)
     asked = small("data.batch_size=64", "seed=7", "data.val_size=10", "trainer.max_epochs=5", "logger=csv")
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         continued(run, asked, {"data.batch_size", "seed", "data.val_size", "trainer.max_epochs"})
     for part in ("data.batch_size was 100 and not 64", "seed was 0 and not 7", "data.val_size was 0 and not 10"):
         assert part in str(refused.value)
     assert "max_epochs" not in str(refused.value)
     config = continued(run, asked, {"trainer.max_epochs", "logger.csv"})
     assert config["trainer"]["max_epochs"] == 5 and config["data"]["batch_size"] == 100
-    with pytest.raises(Refusal, match="more, not fewer"):
+    with pytest.raises(UserError, match="more, not fewer"):
         continued(run, small("trainer.max_epochs=1"), {"trainer.max_epochs"})
 
 
@@ -200,13 +200,13 @@ def test_12_other_data_and_another_number_of_processes_are_refused(finished_run:
     settings = small("trainer.max_epochs=3")
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("sha256 3", "sha256 4", 1))
-    with pytest.raises(Refusal, match="was trained on other data"):
+    with pytest.raises(UserError, match="was trained on other data"):
         resumed(folder, settings)
     (folder / "config.yaml").write_text(config)
     content = torch.load(folder / runs.LAST, weights_only=True)
     content["machine"]["processes"] = 2
     torch.save(content, folder / runs.LAST)
-    with pytest.raises(Refusal, match="had 2 processes and not 1"):
+    with pytest.raises(UserError, match="had 2 processes and not 1"):
         resumed(folder, settings)
 
 
@@ -220,11 +220,11 @@ def test_12_another_version_is_a_warning(finished_run: Path, tmp_path: Path, cap
 
 
 def test_13_latest_where_there_is_none_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="there is no run in"):
+    with pytest.raises(UserError, match="there is no run in"):
         find("latest", tmp_path)
-    with pytest.raises(Refusal, match="there is no such run"):
+    with pytest.raises(UserError, match="there is no such run"):
         find(str(tmp_path / "nowhere"), tmp_path)
-    with pytest.raises(Refusal, match="no run has begun"):
+    with pytest.raises(UserError, match="no run has begun"):
         find(str(tmp_path), tmp_path)
 
 
@@ -233,7 +233,7 @@ def test_the_best_checkpoint_is_not_to_be_gone_on_with_and_the_one_before_is(
 ) -> None:
     import yaml
 
-    with pytest.raises(Refusal, match="to be tested, not gone on with"):
+    with pytest.raises(UserError, match="to be tested, not gone on with"):
         find(str(validated_run / runs.BEST), validated_run.parent)
     folder = shutil.copytree(validated_run, tmp_path / "run")
     (folder / "metrics.json").unlink()
@@ -272,13 +272,13 @@ def test_killed_between_the_last_step_and_the_results_only_those_are_made(
 
 
 def test_a_run_that_is_in_use_is_refused(finished_run: Path) -> None:
-    with runs.in_use(finished_run), pytest.raises(Refusal, match="another process"), runs.in_use(finished_run):
+    with runs.locked(finished_run), pytest.raises(UserError, match="another process"), runs.locked(finished_run):
         pass
 
 
 def test_21_a_loss_that_is_not_finite_ends_the_run_with_the_facts(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(Refusal, match=r"not finite (at|after) step \d+ \(epoch 1/2\)"):
+    with pytest.raises(UserError, match=r"not finite (at|after) step \d+ \(epoch 1/2\)"):
         train(folder, **small("optimizer=sgd", "optimizer.lr=1e30", "data.val_size=200"))
     assert not (folder / runs.LAST).exists() and not (folder / runs.BEST).exists()
     assert not (folder / "metrics.json").exists()
@@ -293,7 +293,7 @@ def test_21_the_checkpoints_from_before_are_kept(tmp_path: Path, monkeypatch) ->
 
     monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
     folder = tmp_path / "run"
-    with pytest.raises(Refusal, match=r"the loss is not finite at step 5 \(epoch 2/2\), with optimizer.lr=1"):
+    with pytest.raises(UserError, match=r"the loss is not finite at step 5 \(epoch 2/2\), with optimizer.lr=1"):
         train(folder, **small("data.val_size=200"))
     for name in (runs.LAST, runs.BEST):
         content = torch.load(folder / name, weights_only=True)

@@ -22,7 +22,7 @@ from conftest import Browser
 from helpers import ROOT
 from PIL import Image
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 
 pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
@@ -130,7 +130,7 @@ def test_32_a_port_in_use_and_a_bad_checkpoint_end_it_before_it_is_ready(
 ) -> None:
     from mnist_lit.serve import serve
 
-    with pytest.raises(Refusal, match=rf"port={port}: cannot listen there"):
+    with pytest.raises(UserError, match=rf"port={port}: cannot listen there"):
         serve(good_run, port=port)
     bad = tmp_path / "bad.ckpt"
     bad.write_bytes((good_run / "checkpoints" / "last.ckpt").read_bytes()[:5000])

@@ -12,7 +12,7 @@ import pytest
 from conftest import Command
 from helpers import QUICK
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.cli.configuration import ConfigFiles
 from mnist_lit.storage import runs
 from mnist_lit.sweeps.summary import best_first, summarize, table
@@ -77,7 +77,7 @@ def test_23_jobs_are_matched_by_what_they_were_asked_and_not_by_their_number(tmp
     longer = planned(tmp_path, "optimizer.lr=0.3,1.0", "trainer.max_epochs=4")
     assert names(longer) == ["lr-0.3_2", "lr-1.0_2"]
     # What usually does not make another job does when it is swept over.
-    assert len(set(names(planned(tmp_path / "b", "model.compiled=true,false")))) == 2
+    assert len(set(names(planned(tmp_path / "b", "model.cpu_kernel=true,false")))) == 2
     for number, swept in enumerate(("checkpoint.every_n_epochs=1,2", "++trainer.profiler=simple,null")):
         assert len(set(names(planned(tmp_path / f"d{number}", swept)))) == 2
     assert (
@@ -100,12 +100,15 @@ def test_23_a_job_without_results_takes_what_has_been_put_right(tmp_path: Path) 
 
 def test_a_folder_with_a_single_run_and_another_sweeper_are_refused(tmp_path: Path, command: Command) -> None:
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(Refusal, match="holds a run, not a sweep"):
+    with pytest.raises(UserError, match="holds a run, not a sweep"):
         planned(tmp_path, "seed=0,1")
     files = ConfigFiles("train")
-    with pytest.raises(Refusal, match="does not support sweep type"), files.errors_as_refusals(["seed=interval(0,1)"]):
+    with (
+        pytest.raises(UserError, match="does not support sweep type"),
+        files.errors_as_refusals(["seed=interval(0,1)"]),
+    ):
         planned(tmp_path / "new", "optimizer.lr=interval(0.1,1)")
-    with pytest.raises(Refusal, match=r"unknown key optimizer\.rho"), files.errors_as_refusals([]):
+    with pytest.raises(UserError, match=r"unknown key optimizer\.rho"), files.errors_as_refusals([]):
         planned(tmp_path / "new", "optimizer=adadelta,sgd", "optimizer.rho=0.9")
     assert not (tmp_path / "new").exists()  # nothing is made before all jobs can be composed
     done = command("-m", "optimizer=adadelta,sgd", "optimizer.rho=0.9", cwd=tmp_path)
@@ -190,7 +193,7 @@ def test_22_a_job_that_raises_exits_or_is_killed_does_not_stop_the_others(tmp_pa
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra joblib")
     (tmp_path / "odd_networks.py").write_text(NETWORK)
     (tmp_path / "conf" / "model").mkdir(parents=True)
-    (tmp_path / "conf" / "model" / "odd.yaml").write_text("network: odd_networks.Odd\nhow: well\n")
+    (tmp_path / "conf" / "model" / "odd.yaml").write_text("_target_: odd_networks.Odd\nhow: well\n")
     arguments = ["-m", "--config-dir=conf", "model=odd", "model.how=raises,dies,exits,well", *SMALL]
     arguments += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=s"]
     done = command(*arguments, cwd=tmp_path)
@@ -222,9 +225,9 @@ def wait_for(condition: Any, seconds: float) -> None:
 def is_in_use(folder: Path) -> bool:
     """Whether a process trains in it."""
     try:
-        with runs.in_use(folder):
+        with runs.locked(folder):
             return False
-    except Refusal:
+    except UserError:
         return True
 
 

@@ -43,7 +43,7 @@ def networks() -> tuple[TutorialCNN, TutorialCNN]:
     torch.manual_seed(0)
     network = TutorialCNN().eval()
     plain = copy.deepcopy(network)
-    plain.compiled = False
+    plain.cpu_kernel = False
     return network, plain
 
 

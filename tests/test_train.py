@@ -9,7 +9,7 @@ import torch
 import yaml
 from helpers import ROOT, assert_same, differences, small
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.train import train
 
 CHECKPOINTS = ("checkpoints/last.ckpt", "checkpoints/previous.ckpt")
@@ -128,7 +128,7 @@ def test_28_29_what_machine_and_data_do_not_allow_is_refused_before_any_work(
 ) -> None:
     if "mps" in overrides[0] and torch.backends.mps.is_available():
         pytest.skip("there is such a device here")
-    with pytest.raises(Refusal, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         train(tmp_path / "run", **small(*overrides))
     assert not (tmp_path / "run").exists()
 
@@ -168,7 +168,7 @@ def test_the_validation_in_the_results_is_that_of_the_tested_weights(tmp_path: P
 
 def test_27_a_folder_that_holds_a_run_is_refused_and_kept(finished_run: Path) -> None:
     before = {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
-    with pytest.raises(Refusal, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"):
         train(finished_run, **small("seed=5"))
     assert before == {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
 
@@ -201,7 +201,7 @@ def test_a_logger_that_is_not_installed_says_what_to_install(tmp_path: Path, mon
     import lightning.pytorch.loggers.wandb as module
 
     monkeypatch.setattr(module, "_WANDB_AVAILABLE", False)
-    with pytest.raises(Refusal, match="pip install wandb"):
+    with pytest.raises(UserError, match="pip install wandb"):
         train(tmp_path / "run", **small("logger=wandb"))
     assert not (tmp_path / "run").exists()
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from helpers import ROOT, assert_same
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.cli.latest import resolve
-from mnist_lit.inference.trained import find, load
-from mnist_lit.model import load_classifier
+from mnist_lit.inference.trained import find, load, load_classifier
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import why_not_to_test
 
@@ -28,7 +27,7 @@ def test_latest_is_the_newest_run_with_a_checkpoint_jobs_of_sweeps_too(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refusal, match="there is no trained model in outputs"):
+    with pytest.raises(UserError, match="there is no trained model in outputs"):
         find(resolve("latest"))
     for age, name in enumerate(("without", "sweep/0", "old")):
         folder = shutil.copytree(finished_run, Path("outputs") / name)
@@ -40,7 +39,7 @@ def test_latest_is_the_newest_run_with_a_checkpoint_jobs_of_sweeps_too(
     (hydra / "config.yaml").touch()
     assert find(resolve("latest")) == Path("outputs/sweep/0") / runs.LAST
     Path("latest").mkdir()  # a folder of that name is meant by it
-    with pytest.raises(Refusal, match="ckpt=latest: there is no checkpoint in this folder"):
+    with pytest.raises(UserError, match="ckpt=latest: there is no checkpoint in this folder"):
         find(resolve("latest"))
 
 
@@ -48,10 +47,10 @@ def test_07_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(finis
     run = shutil.copytree(finished_run, tmp_path / "run")
     content = (run / runs.LAST).read_bytes()
     (run / runs.LAST).write_bytes(content[: len(content) // 2])
-    with pytest.raises(Refusal, match="damaged") as refused:
+    with pytest.raises(UserError, match="damaged") as refused:
         find(run)
     assert str(refused.value).endswith(f"the newest whole one: ckpt={run / runs.PREVIOUS}")
-    with pytest.raises(Refusal, match="there is no such checkpoint or run"):
+    with pytest.raises(UserError, match="there is no such checkpoint or run"):
         find(tmp_path / "nowhere")
 
 
@@ -69,7 +68,7 @@ def test_10_weights_of_another_architecture_are_refused_here_too(finished_run: P
     content = torch.load(finished_run / runs.LAST, weights_only=True)
     content["state_dict"]["network.dense2.weight"] = torch.zeros(10, 128)
     torch.save(content, tmp_path / "other.ckpt")
-    with pytest.raises(Refusal, match=r"network.dense2.weight \(10, 128\) instead of \(10, 250\)"):
+    with pytest.raises(UserError, match=r"network.dense2.weight \(10, 128\) instead of \(10, 250\)"):
         load(tmp_path / "other.ckpt")
 
 

@@ -17,13 +17,13 @@ import pytest
 import yaml
 from conftest import Command
 
-from mnist_lit import Refusal
-from mnist_lit.cli.configuration import ConfigFiles, flat, own_values, settings
+from mnist_lit import UserError
+from mnist_lit.cli.configuration import ConfigFiles, flatten, plain_values, settings
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
-from mnist_lit.sweeps.search import Search, TrialFailed, counts
-from mnist_lit.sweeps.study import knobs, make_pruner, make_sampler, open_study, require_same_search
+from mnist_lit.sweeps.search import Search, TrialError, counts
+from mnist_lit.sweeps.study import distributions, make_pruner, make_sampler, open_study, require_same_search
 
 SMALL = [
     *("data.source=sample", "data.batch_size=100", "data.val_size=200", "trainer.accelerator=cpu", "~space.data"),
@@ -240,8 +240,8 @@ def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path, tun
     ],
 )
 def test_28_a_space_that_is_none_is_refused(space: dict, overrides: list[str], sentence: str) -> None:
-    with pytest.raises(Refusal, match=sentence):
-        knobs(space, overrides, ConfigFiles("train"))
+    with pytest.raises(UserError, match=sentence):
+        distributions(space, overrides, ConfigFiles("train"))
 
 
 def test_28_what_else_is_refused_before_any_trial(tmp_path: Path, tune: Any) -> None:
@@ -266,7 +266,7 @@ def test_a_study_is_not_mixed_with_another_search(tmp_path: Path) -> None:
     study = opened(sqlite(tmp_path))
     require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
     require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
-    with pytest.raises(Refusal, match="study=tune was begun with other space: a was 1 and not 2"):
+    with pytest.raises(UserError, match="study=tune was begun with other space: a was 1 and not 2"):
         require_same_search(study, "tune", {"space": {"a": 2}, "settings": {}})
 
 
@@ -276,7 +276,7 @@ def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
     study.add_trial(optuna.create_trial(value=0.5))
     earlier, later = study.ask(), study.ask()
     search._refuse_surplus(earlier)
-    with pytest.raises(TrialFailed, match="another process was faster"):
+    with pytest.raises(TrialError, match="another process was faster"):
         search._refuse_surplus(later)
     assert not counts(study.get_trials()[-1])
 
@@ -307,7 +307,7 @@ def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had
     (tmp_path / "experiment" / "best.yaml").write_text(experiment(trial, "tune", overrides, ConfigFiles("train")))
 
     def decisive(files: ConfigFiles, *given: str) -> dict[str, Any]:
-        values = flat(own_values(files.compose(given)))
+        values = flatten(plain_values(files.compose(given)))
         return {key: value for key, value in values.items() if not key.startswith(LEFT_OUT)}
 
     had = decisive(ConfigFiles("train"), *overrides, *(f"{key}={value}" for key, value in params.items()))
@@ -323,7 +323,7 @@ def test_whole_numbers_and_fractions_are_told_apart() -> None:
         "data": {"batch_size": {"low": 100, "high": 900}},
         "optimizer": {"weight_decay": {"low": 0.0, "high": 0.1}},
     }
-    draws = knobs(space, [], ConfigFiles("train"))
+    draws = distributions(space, [], ConfigFiles("train"))
     drawn = {key: suggest(study.ask()) for key, suggest in draws.items()}
     assert type(drawn["data.batch_size"]) is int and 0 < drawn["optimizer.weight_decay"] < 0.1
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.cli.ranges import RANGES, of_type
 
 # Beside the package in a checkout, inside it once installed.
@@ -46,7 +46,7 @@ def settings(verb: str, *overrides: str) -> dict[str, Any]:
         overrides: As on the command line: ``"optimizer=sgd"``, ``"optimizer.lr=0.1"``.
 
     Raises:
-        Refusal: As on the command line.
+        UserError: As on the command line.
     """
     files = ConfigFiles(verb)
     with files.errors_as_refusals(overrides):
@@ -76,7 +76,7 @@ class ConfigFiles:
         """The overrides of each job of a sweep without Hydra's own, as its basic sweeper makes them, in its order.
 
         Raises:
-            Refusal: Another sweeper was chosen.
+            UserError: Another sweeper was chosen.
         """
         import hydra
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -89,10 +89,10 @@ class ConfigFiles:
             parsed = parser.parse_overrides([*overrides])
             fixed = [each.input_line for each in parsed if not each.is_sweep_override() and each.input_line]
         if self.user_folder and any(each.value_type is ValueType.GLOB_CHOICE_SWEEP for each in parsed):
-            raise Refusal("glob(...) does not look into --config-dir: name the choices")
+            raise UserError("glob(...) does not look into --config-dir: name the choices")
         sweeper = self.compose(fixed).hydra.sweeper
         if not sweeper._target_.endswith(".BasicSweeper"):
-            raise Refusal("hydra/sweeper: a sweep is a grid here; python -m mnist_lit.tune searches")
+            raise UserError("hydra/sweeper: a sweep is a grid here; python -m mnist_lit.tune searches")
         params = parser.parse_overrides([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
         own = [each for each in parsed if not each.key_or_group.startswith(("hydra.", "hydra/"))]
         (jobs,) = BasicSweeper.split_arguments([*params, *own], max_batch_size=None)
@@ -109,13 +109,13 @@ class ConfigFiles:
             choices: The file that was chosen of each group.
 
         Raises:
-            Refusal: A value that must be given is missing, or ``check`` refuses one.
+            UserError: A value that must be given is missing, or ``check`` refuses one.
         """
         from omegaconf import OmegaConf
 
         if missing := OmegaConf.missing_keys(_own(config)):
-            raise Refusal(f"{', '.join(f'{key}=' for key in sorted(missing))} must be given (--help shows how)")
-        values = own_values(config)
+            raise UserError(f"{', '.join(f'{key}=' for key in sorted(missing))} must be given (--help shows how)")
+        values = plain_values(config)
         check(values, self.defaults(choices))
         return values
 
@@ -137,7 +137,7 @@ class ConfigFiles:
             yield
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             text = " ".join(str(error).split())
-            if isinstance(error, Refusal) or (
+            if isinstance(error, UserError) or (
                 type(error) is ValueError and not text.startswith("Config group override")
             ):
                 raise
@@ -149,7 +149,7 @@ class ConfigFiles:
                     package = option.split("_")[0]
                     if group == "hydra/launcher" and package in ("joblib", "submitit", "ray"):
                         needed = f"pip install hydra-{package}-launcher"
-                        raise Refusal(f"{group}={option} needs a package that is not installed: {needed}") from error
+                        raise UserError(f"{group}={option} needs a package that is not installed: {needed}") from error
                     text = f"{group}={option}: there is no such choice; there are {', '.join(sorted(options))}"
                 case yaml.YAMLError():
                     text = f"a YAML file cannot be read: {text}"
@@ -166,7 +166,7 @@ class ConfigFiles:
                     text = "a group takes the name of one of its files; for none, leave it out"
                 case _ if unknown:
                     text = f"unknown key {unknown[1]}{suggestion(unknown[1], self._known_keys(overrides))}"
-            raise Refusal(text) from error
+            raise UserError(text) from error
 
     def _known_keys(self, overrides: Iterable[str]) -> list[str]:
         from hydra.errors import HydraException
@@ -177,12 +177,12 @@ class ConfigFiles:
             known = self.defaults({group: option for group, option in pairs if group in groups})
         except HydraException:  # a choice that does not exist, or several in a sweep
             known = self.defaults({})
-        return [*flat(known), *groups]
+        return [*flatten(known), *groups]
 
 
 @cache
 def _values(files: ConfigFiles, overrides: tuple[str, ...]) -> dict[str, Any]:
-    return own_values(files.compose(overrides))
+    return plain_values(files.compose(overrides))
 
 
 def _own(config: Any) -> Any:
@@ -191,7 +191,7 @@ def _own(config: Any) -> Any:
     return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
 
 
-def own_values(config: Any, resolve: bool = True) -> dict[str, Any]:
+def plain_values(config: Any, resolve: bool = True) -> dict[str, Any]:
     """Everything but Hydra's part of a composed configuration, as plain values.
 
     Args:
@@ -206,25 +206,25 @@ def check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Refuse keys that do not exist, and values of a wrong type or out of range.
 
     Raises:
-        Refusal: Names the key, the value and what is allowed.
+        UserError: Names the key, the value and what is allowed.
     """
-    known, given = flat(defaults), flat(values)
+    known, given = flatten(defaults), flatten(values)
     if gone := {key for key in known.keys() - given.keys() if key.split(".")[0] not in FREE_SECTIONS}:
-        raise Refusal(f"{min(gone)} is needed: it can be changed, but not taken away")
+        raise UserError(f"{min(gone)} is needed: it can be changed, but not taken away")
     for key, value in given.items():
         if key in known:
             rule = RANGES.get(key) or of_type(known[key])
             if not rule.holds(value) and not (value is None and known[key] is None):
-                raise Refusal(f"{key}={value}: must be {rule.allowed}")
+                raise UserError(f"{key}={value}: must be {rule.allowed}")
         elif key.split(".")[0] not in CLASS_SECTIONS + FREE_SECTIONS:
-            raise Refusal(f"unknown key {key}{suggestion(key, known)}")
+            raise UserError(f"unknown key {key}{suggestion(key, known)}")
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"data": {"dir": "x"}}`` as ``{"data.dir": "x"}``."""
     pairs: dict[str, Any] = {}
     for key, value in values.items():
-        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        pairs |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return pairs
 
 
@@ -250,7 +250,7 @@ def quoted(argument: str) -> str:
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """``key=value`` as Hydra's grammar wants it, for keys as ``flat`` names them."""
+    """``key=value`` as Hydra's grammar wants it, for keys as ``flatten`` names them."""
     return [
         f"{key}={_in_quotes(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
         for key, value in values.items()

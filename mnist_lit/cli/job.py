@@ -37,7 +37,7 @@ _one_at_a_time = threading.Lock()  # multiprocessing's processes are not to be s
 
 
 @dataclass(frozen=True)
-class Ended:
+class Result:
     """How a command ended.
 
     Attributes:
@@ -135,7 +135,7 @@ def run(
     every: float = 0.5,
     threads: int | None = None,
     composed: Any = None,
-) -> Ended:
+) -> Result:
     """Run ``python -m mnist_lit.<verb>`` to its end.
 
     Args:
@@ -146,7 +146,7 @@ def run(
         composed: The configuration that the arguments give, where it has been composed and checked already.
 
     Raises:
-        KeyboardInterrupt, Stopped: This process was asked to stop; so was the command then, and it has ended.
+        KeyboardInterrupt, Interrupted: This process was asked to stop; so was the command then, and it has ended.
     """
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     receive, send = os.pipe()
@@ -172,7 +172,7 @@ def run(
         _stop(command, signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
         raise
     reader.join(5)  # a process that it left behind may hold the pipe
-    return Ended(code, "\n".join(last))
+    return Result(code, "\n".join(last))
 
 
 def _pass_on(receive: int, quiet: bool, last: deque[str]) -> None:

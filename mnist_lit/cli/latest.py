@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.cli.configuration import ConfigFiles
 from mnist_lit.storage import runs
 
@@ -11,7 +11,7 @@ def resolve(ckpt: str | Path) -> Path:
     """``ckpt`` as a path; for ``latest`` the folder of the newest run, or job of a sweep, that has a checkpoint.
 
     Raises:
-        Refusal: There is none.
+        UserError: There is none.
     """
     path = Path(ckpt).expanduser()
     if str(ckpt) != "latest" or path.exists():
@@ -19,7 +19,7 @@ def resolve(ckpt: str | Path) -> Path:
     outputs = ConfigFiles("train").outputs_folder()
     newest = next((folder for folder in runs.newest_first(outputs) if runs.checkpoint_of(folder)), None)
     if not newest:
-        raise Refusal(
+        raise UserError(
             f"ckpt=latest: there is no trained model in {outputs} (python -m mnist_lit.train makes one; "
             "ckpt= takes a checkpoint or a run's folder elsewhere)"
         )

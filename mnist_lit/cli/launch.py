@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, Stopped
+from mnist_lit import Interrupted, UserError
 from mnist_lit.cli import ranks
-from mnist_lit.cli.configuration import CONF, ConfigFiles, check, flat, own_values, quoted
+from mnist_lit.cli.configuration import CONF, ConfigFiles, check, flatten, plain_values, quoted
 from mnist_lit.storage import runs
 
 log = logging.getLogger(__name__)
@@ -58,9 +58,9 @@ def launch(
             multirun = flags.multirun or "hydra.mode=MULTIRUN" in overrides
             if multirun and not _only_shows(flags):
                 if not sweep:
-                    raise Refusal("-m: only train makes sweeps")
+                    raise UserError("-m: only train makes sweeps")
                 if ranks.by_torchrun():
-                    raise Refusal("torchrun starts the processes of one run: leave out -m")
+                    raise UserError("torchrun starts the processes of one run: leave out -m")
                 sweep(verb, files, flags, arguments, hydra_main)
                 return
             if composed:
@@ -72,14 +72,14 @@ def launch(
             hand_over(arguments, flags, overrides)
             hydra_main(job)()
             job.raise_refusal()
-    except Refusal as refusal:
+    except UserError as refusal:
         if not (ranks.is_first() or isinstance(refusal, ranks.LostProcessError)):  # it may concern all: one says it
             time.sleep(ranks.FIRST_SAYS_IT)
         sys.exit(f"{verb}: {refusal}")
-    except (Stopped, KeyboardInterrupt) as stopped:
+    except (Interrupted, KeyboardInterrupt) as stopped:
         if ranks.is_first():
-            print(f"{verb}: {stopped if isinstance(stopped, Stopped) else 'stopped'}", file=sys.stderr)
-        sys.exit(128 + (stopped.signal if isinstance(stopped, Stopped) else signal.SIGINT))
+            print(f"{verb}: {stopped if isinstance(stopped, Interrupted) else 'stopped'}", file=sys.stderr)
+        sys.exit(128 + (stopped.signal if isinstance(stopped, Interrupted) else signal.SIGINT))
 
 
 class _Job:
@@ -87,7 +87,7 @@ class _Job:
 
     def __init__(self, verb: str, files: ConfigFiles, work: Callable[..., Any], run_folder: bool) -> None:
         self.verb, self.files, self.work, self.run_folder = verb, files, work, run_folder
-        self.refusal: Refusal | None = None
+        self.refusal: UserError | None = None
         self.continued: dict[str, Any] | None = None  # the configuration of a run that goes on
 
     def __call__(self, config: Any) -> None:
@@ -97,12 +97,12 @@ class _Job:
         folder = Path(of_hydra.runtime.output_dir)
         try:
             if composed:
-                values = own_values(config)
+                values = plain_values(config)
             else:
                 values = self.continued or self.files.checked_values(config, of_hydra.runtime.choices)
-            with ranks.loss_as_refusal(lambda: runs.how_to_go_on(folder)):
+            with ranks.loss_as_refusal(lambda: runs.resume_hint(folder)):
                 self.work(**{"folder": folder} if self.run_folder else {}, **values)
-        except Refusal as refusal:
+        except UserError as refusal:
             if self.run_folder and ranks.is_first():
                 _remove_traces(folder, self.verb)
             self.refusal = refusal  # raised here, Hydra would print a line of its own
@@ -135,7 +135,7 @@ def for_another_process(files: ConfigFiles, config: Any) -> Any:
 
     try:
         _check(files, config)
-    except Refusal:
+    except UserError:
         return None
     with read_write(config.hydra), open_dict(config.hydra):
         for plugin in ("launcher", "sweeper"):  # plain values: pickle refuses classes that Hydra has imported anew
@@ -225,26 +225,28 @@ def _prepare(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tupl
     """
     config = files.compose(overrides)
     if str(config.hydra.mode) == "RunMode.MULTIRUN":
-        raise Refusal("hydra.mode is MULTIRUN: a sweep is asked for with -m")
+        raise UserError("hydra.mode is MULTIRUN: a sweep is asked for with -m")
     if config.get("resume") and run_folder:
         return _prepare_resume(files, overrides, config)
     _check(files, config)
     if not run_folder or not ranks.is_first():  # the first one has the folder already
         return overrides, None
     folder = claimed(overrides, "hydra.run.dir", config.hydra.run.dir)
-    if runs.holds_run(folder):
-        raise Refusal(f"{folder} holds a run already: choose another hydra.run.dir, or go on with it: resume={folder}")
+    if runs.contains_run(folder):
+        raise UserError(
+            f"{folder} holds a run already: choose another hydra.run.dir, or go on with it: resume={folder}"
+        )
     return [*overrides, quoted(f"hydra.run.dir={folder}")], None
 
 
 def claimed(overrides: list[str], key: str, value: str | None) -> Path:
     """The folder that ``key`` names, made if it is not there; if it was not named, one that nobody else has."""
     if not value:
-        raise Refusal(f"{key}= is empty: give it a folder, or leave it out")
+        raise UserError(f"{key}= is empty: give it a folder, or leave it out")
     folder = Path(value)
     if not any(override.startswith(f"{key}=") for override in overrides):
         return runs.claim(folder)
-    runs.make(folder)
+    runs.make_folder(folder)
     return folder
 
 
@@ -253,11 +255,11 @@ def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tu
     from mnist_lit.cli import resume
 
     if ranks.is_first() and any(override.startswith("hydra.run.dir=") for override in overrides):
-        raise Refusal("resume= goes on in the run's own folder: leave out hydra.run.dir")
+        raise UserError("resume= goes on in the run's own folder: leave out hydra.run.dir")
     values, choices = files.checked_values(config, config.hydra.runtime.choices), config.hydra.runtime.choices
     run = resume.find(values["resume"], files.outputs_folder())
     # Typed: named by an override, or set by a group that was chosen.
-    unchanged, new = flat(files.defaults({})), flat(values)
+    unchanged, new = flatten(files.defaults({})), flatten(values)
     named = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
     typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
     continued = resume.continued(run, values, typed)
@@ -276,12 +278,12 @@ def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tu
 def _refuse_what_is_missing(trainer: dict[str, Any]) -> None:
     accelerator, machines = trainer.get("accelerator"), trainer.get("num_nodes", 1)
     if machines > 1 and not ranks.by_torchrun():  # each would prepare a folder of its own, and wait for the others
-        raise Refusal(f"trainer.num_nodes={machines}: several machines are started with torchrun (see README.md)")
+        raise UserError(f"trainer.num_nodes={machines}: several machines are started with torchrun (see README.md)")
     # Where the system itself has no GPU there is no need to import torch to find that out.
     devices = ("nvidia[0-9]*", "nvidiactl", "nvmap", "nvhost-gpu", "dxg", "kfd")  # NVIDIA, Jetson, WSL, ROCm
     if accelerator in ("gpu", "cuda") and sys.platform == "linux":
         if not any(found for device in devices for found in Path("/dev").glob(device)):
-            raise Refusal(f"trainer.accelerator={accelerator}: this machine has no GPU; auto takes what there is")
+            raise UserError(f"trainer.accelerator={accelerator}: this machine has no GPU; auto takes what there is")
 
 
 def _remove_traces(folder: Path, verb: str) -> None:

@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 
 PARENT = "MNIST_LIT_PARENT"  # the environment's variable with the number of the run's first process
 FOLDER_KEYS = ("resume", "hydra.run.dir")  # what the first process decides for all
@@ -27,7 +27,7 @@ GRACE = 20  # seconds that a process has to end by itself, once the one that has
 FIRST_SAYS_IT = 3  # seconds in which the first process can say what concerns all, and end the others
 
 
-class LostProcessError(Refusal):
+class LostProcessError(UserError):
     """Another process of the run has ended."""
 
 
@@ -54,15 +54,15 @@ def with_torchruns_numbers(overrides: list[str]) -> list[str]:
     Without them Lightning would train as many times as there are processes, each on its own.
 
     Raises:
-        Refusal: Other numbers were asked for, or the machines have different numbers of processes.
+        UserError: Other numbers were asked for, or the machines have different numbers of processes.
     """
     devices, machines, processes = (os.environ[f"{of}WORLD_SIZE"] for of in ("LOCAL_", "GROUP_", ""))
     if int(devices) * int(machines) != int(processes):
-        raise Refusal(f"torchrun has started {processes} processes on {machines} machines: give each equally many")
+        raise UserError(f"torchrun has started {processes} processes on {machines} machines: give each equally many")
     started = {"trainer.devices": devices, "trainer.num_nodes": machines}
     for override in overrides:
         if override.partition("=")[2] not in ("auto", started.get(key(override), "auto")) and key(override) in started:
-            raise Refusal(
+            raise UserError(
                 f"{override}: torchrun has started {devices} processes on each of {machines} machines; leave it out"
             )
     return [*(each for each in overrides if key(each) not in started), *(f"{k}={v}" for k, v in started.items())]
@@ -75,7 +75,7 @@ def prepared_by_first(overrides: list[str], prepare: Callable[[list[str]], tuple
         prepare: Gives the overrides that name the folder, among others, as the first of two values.
 
     Raises:
-        Refusal: ``prepare`` does.
+        UserError: ``prepare`` does.
         SystemExit: It did in the first process, which says so.
     """
     store = _store()
@@ -122,11 +122,11 @@ def end_with_parent() -> None:
 
 
 @contextmanager
-def loss_as_refusal(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+def loss_as_refusal(resume_hint: Callable[[], str]) -> Iterator[None]:
     """In this block a lost connection to another process of the run comes out as one sentence.
 
     Args:
-        how_to_go_on: Gives the sentence's end.
+        resume_hint: Gives the sentence's end.
 
     Raises:
         LostProcessError
@@ -137,7 +137,7 @@ def loss_as_refusal(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         if not _is_lost_connection(error):
             raise
         raise LostProcessError(
-            f"another process of this run has ended, so this one ends, too{how_to_go_on()}"
+            f"another process of this run has ended, so this one ends, too{resume_hint()}"
         ) from error
 
 

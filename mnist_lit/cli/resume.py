@@ -7,15 +7,15 @@ from typing import Any
 
 import yaml
 
-from mnist_lit import Refusal
-from mnist_lit.cli.configuration import flat
+from mnist_lit import UserError
+from mnist_lit.cli.configuration import flatten
 from mnist_lit.storage import runs
-from mnist_lit.storage.checkpoint_file import trouble
+from mnist_lit.storage.checkpoint_file import corruption
 
 # What may change without making it another run: where the data are (their checksum is compared), what is shown and
 # recorded, and what it runs on, though with another device or another number of threads the bits will differ.
-FREE = (
-    *("resume", "data.dir", "data.source", "logger", "checkpoint", "model.compiled"),
+MAY_CHANGE = (
+    *("resume", "data.dir", "data.source", "logger", "checkpoint", "model.cpu_kernel"),
     *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
     *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
 )
@@ -44,29 +44,29 @@ def find(wanted: str, outputs: Path) -> Run:
         outputs: The folder with the runs, for ``latest``.
 
     Raises:
-        Refusal: There is no such run, or its checkpoint is damaged; then the message names the newest whole one.
+        UserError: There is no such run, or its checkpoint is damaged; then the message names the newest whole one.
     """
     path = Path(wanted)
     if wanted == "latest" and not path.exists():
         begun = runs.newest_first(outputs)
         if not begun:
-            raise Refusal(f"resume=latest: there is no run in {outputs}")
+            raise UserError(f"resume=latest: there is no run in {outputs}")
         path = begun[0]
     elif not path.exists():
-        raise Refusal(f"resume={wanted}: there is no such run or checkpoint")
+        raise UserError(f"resume={wanted}: there is no such run or checkpoint")
     folder = path if path.is_dir() else path.parent.parent
     if not (folder / "config.yaml").is_file():
-        raise Refusal(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
+        raise UserError(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     if path.is_file():
         if path.name == Path(runs.BEST).name:  # it is from within a validation, where Lightning cannot go on exactly
-            raise Refusal(f"resume={wanted}: the best weights are to be tested, not gone on with: resume={folder}")
-        if reason := trouble(path):
-            raise Refusal(f"resume={wanted}: {reason}{runs.whole_one_instead(folder, path, 'resume')}")
+            raise UserError(f"resume={wanted}: the best weights are to be tested, not gone on with: resume={folder}")
+        if reason := corruption(path):
+            raise UserError(f"resume={wanted}: {reason}{runs.suggest_intact(folder, path, 'resume')}")
         return Run(folder, path, config)
     there = [folder / name for name in (runs.LAST, runs.PREVIOUS) if (folder / name).exists()]
-    if there and (reason := trouble(there[0])):
-        raise Refusal(f"resume={wanted}: {reason}{runs.whole_one_instead(folder, there[0], 'resume')}")
+    if there and (reason := corruption(there[0])):
+        raise UserError(f"resume={wanted}: {reason}{runs.suggest_intact(folder, there[0], 'resume')}")
     return Run(folder, there[0] if there else folder, config)
 
 
@@ -75,21 +75,21 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
 
     Args:
         asked: The configuration of the command line.
-        typed: The keys in it that were given there, as ``flat`` names them.
+        typed: The keys in it that were given there, as ``flatten`` names them.
 
     Raises:
-        Refusal: A key was typed whose value would make it another run; all of them are named.
+        UserError: A key was typed whose value would make it another run; all of them are named.
     """
-    own, new = flat(run.config), flat(asked)
+    own, new = flatten(run.config), flatten(asked)
     different = sorted(key for key in typed if own.get(key) != new.get(key))
     epochs = "trainer.max_epochs"
-    other = [key for key in different if not is_free(key) and key != epochs]
+    other = [key for key in different if not may_change(key) and key != epochs]
     if other:
         differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)
-        raise Refusal(f"{run.folder} is another run: {differences}; leave these out to go on with it")
+        raise UserError(f"{run.folder} is another run: {differences}; leave these out to go on with it")
     if epochs in different and (own[epochs] == -1 or 0 < new[epochs] < own[epochs]):
         had = "no limit of epochs" if own[epochs] == -1 else f"{own[epochs]} epochs"
-        raise Refusal(f"{run.folder} was to have {had}: it can be given more, not fewer")
+        raise UserError(f"{run.folder} was to have {had}: it can be given more, not fewer")
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
     for key in different:
         section, _, name = key.partition(".")
@@ -100,6 +100,6 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     return {**values, "resume": str(run.start)}
 
 
-def is_free(key: str, free: Iterable[str] = FREE) -> bool:
+def may_change(key: str, free: Iterable[str] = MAY_CHANGE) -> bool:
     """Whether ``key``, or the section that it is in, may change without making it another run."""
     return any(key == each or key.startswith(f"{each}.") for each in free)

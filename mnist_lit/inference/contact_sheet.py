@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MOST = 1_000  # pictures on a sheet
+MAX_PICTURES = 1_000  # pictures on a sheet
 WIDTH, HEIGHT, PICTURE, GAP = 112, 146, 84, 14
 
 
@@ -18,7 +18,7 @@ def contact_sheet_of(rows: list[dict[str, Any]], pictures: list[np.ndarray | Non
         rows: What ``predict`` returns of them.
         pictures: None stands for one that could not be read.
     """
-    shown = list(zip(rows, pictures, strict=False))[:MOST]
+    shown = list(zip(rows, pictures, strict=False))[:MAX_PICTURES]
     columns = min(12, max(4, math.ceil(math.sqrt(len(shown)))))
     sheet = Image.new("RGB", (columns * WIDTH, math.ceil(len(shown) / columns) * HEIGHT), "white")
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(11)

@@ -11,11 +11,11 @@ from scipy import ndimage
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-MOST_PIXELS = 80_000_000  # four times what a phone's camera makes; a few hundred megabytes when they are unpacked
+MAX_PIXELS = 80_000_000  # four times what a phone's camera makes; a few hundred megabytes when they are unpacked
 
 SIDE, BOX = 28, 20  # of an MNIST image, and of the box in it that the digit fits
 WORKING_SIDE = 256  # what is larger by a whole factor is made smaller first
-LEAST_CONTRAST = 12.0  # grey values of 255 by which ink must differ from the paper
+MIN_CONTRAST = 12.0  # grey values of 255 by which ink must differ from the paper
 THINNEST = 1.6  # pixels of the box: how thick a pen's line is made at least, for MNIST's are 2 to 3
 
 # What Pillow raises for files that are cut short or damaged.
@@ -44,7 +44,7 @@ def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist") -> np.ndarra
 
 
 def read_grey(
-    file: str | Path | BinaryIO, formats: tuple[str, ...] = FORMATS, most_pixels: int = MOST_PIXELS
+    file: str | Path | BinaryIO, formats: tuple[str, ...] = FORMATS, most_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
     """The grey values 0..255 of a picture, float32 [H, W], upright, large ones made smaller.
 
@@ -125,7 +125,7 @@ def to_mnist(grey: np.ndarray) -> np.ndarray:
     Raises:
         PictureError: No ink stands out from the paper.
     """
-    if grey.max() - grey.min() < LEAST_CONTRAST:
+    if grey.max() - grey.min() < MIN_CONTRAST:
         raise PictureError("is blank")
     if grey.shape == (SIDE, SIDE) and np.median(_border(grey)) < (grey.min() + grey.max()) / 2:
         return np.asarray(grey.round().astype(np.uint8))
@@ -161,7 +161,7 @@ def _ink(grey: np.ndarray) -> np.ndarray:
     if float((difference * difference * difference).sum()) < 0:  # the largest differences are downwards: dark ink
         difference = -difference
     highest = float(difference.max())
-    if highest < max(LEAST_CONTRAST, 6 * noise):
+    if highest < max(MIN_CONTRAST, 6 * noise):
         raise PictureError("is blank")
     full = float(np.percentile(difference[difference > max(0.3 * highest, 4 * noise)], 75))
     ink = difference / (0.9 * full)

@@ -1,7 +1,7 @@
 """The web application around a trained model: the page to draw on, and the API that it uses. Every error is JSON.
 
 A request is one picture. It is read under a limit of bytes and of seconds, brought to MNIST's form and predicted in a
-thread; when ``MOST_AT_ONCE`` are under way, further ones are told to come back.
+thread; when ``MAX_AT_ONCE`` are under way, further ones are told to come back.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ from mnist_lit import __version__
 from mnist_lit.inference.images import SIDE, PictureError, read_grey, to_mnist
 from mnist_lit.inference.trained import TrainedModel
 
-MOST_BYTES = 2**20  # of a request's body
-READ_AND_DROPPED = 16 * MOST_BYTES  # of a larger one, so that its sender gets to reading the answer
-MOST_SECONDS = 5.0  # for a body to arrive
-MOST_PIXELS = 1024 * 1024  # of a picture, by what its file says before it is unpacked
-MOST_AT_ONCE = 64  # predictions that are read, waiting or computed; 64 MiB of bodies, and a tenth of a second to wait
+MAX_BYTES = 2**20  # of a request's body
+READ_AND_DROPPED = 16 * MAX_BYTES  # of a larger one, so that its sender gets to reading the answer
+MAX_SECONDS = 5.0  # for a body to arrive
+MAX_PIXELS = 1024 * 1024  # of a picture, by what its file says before it is unpacked
+MAX_AT_ONCE = 64  # predictions that are read, waiting or computed; 64 MiB of bodies, and a tenth of a second to wait
 PAGE = files("mnist_lit.inference") / "page"
 
 HEADERS = {
@@ -90,8 +90,8 @@ class _Predictions:
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[None]:
-        if self.under_way >= MOST_AT_ONCE:
-            raise HTTPException(503, f"{MOST_AT_ONCE} predictions are under way: try again", {"Retry-After": "1"})
+        if self.under_way >= MAX_AT_ONCE:
+            raise HTTPException(503, f"{MAX_AT_ONCE} predictions are under way: try again", {"Retry-After": "1"})
         self.under_way += 1
         try:
             yield
@@ -113,19 +113,19 @@ async def _body(request: Request) -> bytes:
     """
     body, size = bytearray(), 0
     try:
-        async with asyncio.timeout(MOST_SECONDS):
+        async with asyncio.timeout(MAX_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size <= MOST_BYTES:
+                if size <= MAX_BYTES:
                     body += chunk
                 elif size > READ_AND_DROPPED:
                     break
     except TimeoutError as error:
         raise HTTPException(
-            408, f"the body did not arrive in {MOST_SECONDS:g} seconds", {"Connection": "close"}
+            408, f"the body did not arrive in {MAX_SECONDS:g} seconds", {"Connection": "close"}
         ) from error
-    if size > MOST_BYTES:
-        raise HTTPException(413, f"the body is larger than {MOST_BYTES:,} bytes", {"Connection": "close"})
+    if size > MAX_BYTES:
+        raise HTTPException(413, f"the body is larger than {MAX_BYTES:,} bytes", {"Connection": "close"})
     return bytes(body)
 
 
@@ -137,7 +137,7 @@ def _picture(body: bytes) -> np.ndarray:
     if not body.startswith((b"\x89PNG", b"\xff\xd8")):
         raise HTTPException(415, f'send a PNG or JPEG picture, or JSON: {{"pixels": [{SIDE * SIDE} numbers]}}')
     try:
-        grey = read_grey(io.BytesIO(body), formats=("PNG", "JPEG"), most_pixels=MOST_PIXELS)
+        grey = read_grey(io.BytesIO(body), formats=("PNG", "JPEG"), most_pixels=MAX_PIXELS)
         return to_mnist(grey).astype(np.float32) / 255
     except PictureError as error:
         raise HTTPException(422, f"the picture {error}") from error

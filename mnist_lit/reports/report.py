@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
 
-from mnist_lit.storage.files import write_whole
+from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.provenance import SAMPLE_NAME
 
 MISTAKES = 40  # how many the page shows
@@ -56,12 +56,12 @@ def write_report(
     Args:
         results: The content of ``metrics.json``.
         config: What was asked for.
-        answers: The test's ``TestAnswers``.
+        answers: The test's ``PredictionCollector``.
         network: The one that was tested.
         history: A row an epoch, as ``RunRecorder.history`` has them, if the run trained it.
 
     Raises:
-        CannotWriteError: What was there before is untouched.
+        WriteError: What was there before is untouched.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_lit.reports"),
@@ -83,7 +83,7 @@ def write_report(
         most_confused=max((n for i, row in enumerate(confusion) for j, n in enumerate(row) if i != j), default=0),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
     )
-    write_whole(path, page.encode())
+    atomic_write(path, page.encode())
 
 
 def _draw_curve(axes: Axes, key: str, history: list[dict[str, Any]], results: dict[str, Any]) -> None:

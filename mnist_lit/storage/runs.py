@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from mnist_lit import Refusal, __version__
-from mnist_lit.storage.checkpoint_file import trouble
-from mnist_lit.storage.files import CannotWriteError, remove_unfinished, write_whole
+from mnist_lit import UserError, __version__
+from mnist_lit.storage.atomic import WriteError, atomic_write, remove_unfinished
+from mnist_lit.storage.checkpoint_file import corruption
 
 BEST, LAST, PREVIOUS, NEW = (f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous", "new"))
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy")
@@ -30,22 +30,22 @@ def claim(folder: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise Refusal(f"cannot make the folder {folder}: {error.strerror}") from error
+            raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
         return folder.with_name(name)
-    raise Refusal(f"{folder} and a thousand folders like it exist already: give hydra.run.dir=")
+    raise UserError(f"{folder} and a thousand folders like it exist already: give hydra.run.dir=")
 
 
-def make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make a folder that a user has named, if it is not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refusal(f"cannot make the folder {folder}: {error.strerror}") from error
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
-        raise Refusal(f"cannot write to the folder {folder}")
+        raise UserError(f"cannot write to the folder {folder}")
 
 
-def holds_run(folder: Path) -> bool:
+def contains_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.yaml", "metrics.json", "multirun.yaml"))
 
 
@@ -56,10 +56,10 @@ def newest_first(outputs: Path) -> list[Path]:
     return [file.parent for file in sorted(begun, key=lambda file: file.stat().st_mtime, reverse=True)]
 
 
-def whole_one_instead(folder: Path, damaged: Path, key: str) -> str:
+def suggest_intact(folder: Path, damaged: Path, key: str) -> str:
     """The end of a sentence about a damaged checkpoint: which other one of the run can be given to ``key``."""
     for path in (folder / LAST, folder / PREVIOUS):
-        if path != damaged and not trouble(path):
+        if path != damaged and not corruption(path):
             return f"; the newest whole one: {key}={path}"
     return "; there is no whole one in this run"
 
@@ -69,67 +69,67 @@ def checkpoint_of(folder: Path) -> Path | None:
     return next((path for name in (BEST, LAST) if (path := folder / name).is_file()), None)
 
 
-def shown(folder: Path) -> str:
+def display_path(folder: Path) -> str:
     """``folder`` as short as it can be typed here."""
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
-def how_to_go_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """The end of a sentence about a training run that has stopped; nothing where none has begun."""
     if not (folder / "config.yaml").exists():
         return ""
     if not (folder / LAST).exists():
         return "; there is no checkpoint"
     start = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    return f"; go on with: {start} -m mnist_lit.train resume={shown(folder)}"
+    return f"; go on with: {start} -m mnist_lit.train resume={display_path(folder)}"
 
 
-def begin(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:
+def create(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:
     """Mark ``folder`` as a run's own by writing its resolved configuration, ``config.yaml``.
 
     Raises:
-        Refusal: The folder holds a run already, or cannot be written.
+        UserError: The folder holds a run already, or cannot be written.
     """
     try:
         with (folder / "config.yaml").open("x", encoding="utf-8") as file:  # x: of two runs that begin, one does
             file.write(_config_text(config, data_facts))
     except FileExistsError as error:
-        raise Refusal(f"{folder} holds a run already: choose another hydra.run.dir") from error
+        raise UserError(f"{folder} holds a run already: choose another hydra.run.dir") from error
     except OSError as error:
-        raise CannotWriteError(f"cannot write to {folder}: {error.strerror}") from error
+        raise WriteError(f"cannot write to {folder}: {error.strerror}") from error
 
 
-def go_on(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:
+def reopen(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:
     """Prepare the run in ``folder`` for being continued: its configuration may have been changed, its data not.
 
     Raises:
-        Refusal: The data are others, or the folder cannot be written.
+        UserError: The data are others, or the folder cannot be written.
     """
     head = (folder / "config.yaml").read_text(encoding="utf-8").splitlines()[0]
     if head != _head(data_facts):
-        raise Refusal(
+        raise UserError(
             f"{folder} was trained on other data ({head.removeprefix('# data: ')}) than those that are here "
             f"({_head(data_facts).removeprefix('# data: ')})"
         )
     for place in (folder, folder / "checkpoints"):
         remove_unfinished(place)
-    write_whole(folder / "config.yaml", _config_text(config, data_facts).encode())
+    atomic_write(folder / "config.yaml", _config_text(config, data_facts).encode())
 
 
 @contextmanager
-def in_use(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """In this block no other process can train a run in ``folder``; the system lifts the lock when this one ends.
 
     Raises:
-        Refusal: Another process does, or the folder cannot be made.
+        UserError: Another process does, or the folder cannot be made.
     """
-    make(folder)
+    make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise Refusal(f"{folder}: another process is at work in it") from error
+        raise UserError(f"{folder}: another process is at work in it") from error
     finally:
         os.close(handle)
 
@@ -147,7 +147,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     content = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()
     }
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    atomic_write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @cache

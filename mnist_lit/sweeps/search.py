@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.cli import job, launch
 from mnist_lit.cli.configuration import ConfigFiles, as_overrides, quoted
 from mnist_lit.storage import runs
@@ -27,11 +27,11 @@ log = logging.getLogger("mnist_lit.tune")
 
 LOOK = 4.0  # seconds between two looks for trials that have died
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that was asked to stop
-MOST_RETRIES = 3  # of a trial whose process was killed, by the system for want of memory perhaps
+MAX_RETRIES = 3  # of a trial whose process was killed, by the system for want of memory perhaps
 FIRST_FAILURES = 3  # after so many, and nothing else, the fault is not in the settings that were tried
 
 
-class TrialFailed(RuntimeError):
+class TrialError(RuntimeError):
     """A trial has no result."""
 
 
@@ -43,12 +43,12 @@ class Search:
         folder: Path,
         study: Any,
         n_trials: int,
-        knobs: dict[str, Any],
+        distributions: dict[str, Any],
         files: ConfigFiles,
         overrides: Sequence[str],
         workers: int,
     ) -> None:
-        self.folder, self.study, self.n_trials, self.knobs = folder, study, n_trials, knobs
+        self.folder, self.study, self.n_trials, self.distributions = folder, study, n_trials, distributions
         self.files, self.overrides, self.workers = files, overrides, workers
         self.composing = threading.Lock()  # Hydra composes one configuration at a time
         self.stop = threading.Event()
@@ -77,7 +77,7 @@ class Search:
                 self.stop.wait(LOOK)
                 continue
             try:
-                self.study.optimize(self._trial, n_trials=1, catch=(TrialFailed,), callbacks=[self._say])
+                self.study.optimize(self._trial, n_trials=1, catch=(TrialError,), callbacks=[self._say])
             except optuna.exceptions.UpdateFinishedTrialError:
                 log.warning("a trial of this process was taken for dead, and is run again")
             self._refuse_what_cannot_succeed()
@@ -120,7 +120,7 @@ class Search:
         import optuna
 
         trial.set_user_attr("begun", trial.number)
-        values = {key: suggest(trial) for key, suggest in self.knobs.items()}
+        values = {key: suggest(trial) for key, suggest in self.distributions.items()}
         self._refuse_surplus(trial)
         folder = runs.claim(self.folder / "trials" / str(trial.number))
         trial.set_user_attr("folder", str(folder))
@@ -133,7 +133,7 @@ class Search:
             if time.monotonic() - looked > LOOK:
                 self._fail_lost_trials()
                 looked = time.monotonic()
-            return self.stop.is_set() or curve.is_hopeless()
+            return self.stop.is_set() or curve.should_prune()
 
         # One at a time takes what there is, as any run does.
         threads = max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None
@@ -141,24 +141,24 @@ class Search:
         folders = [f"--config-dir={self.files.user_folder}"] if self.files.user_folder else []
         composed = self._composed(overrides)
         ended = job.run("train", [*overrides, *folders], quiet=True, look=look, threads=threads, composed=composed)
-        hopeless = curve.is_hopeless()
+        hopeless = curve.should_prune()
         if ended.code != 0 and not self.stop.is_set() and hopeless:
             raise optuna.TrialPruned(f"after epoch {curve.epoch}")
         killed = ended.code < 0 or ended.code in STOPPED
         before = self.study._storage.get_trial(trial._trial_id)
-        again = killed and len(before.system_attrs.get("retry_history", [])) < MOST_RETRIES
+        again = killed and len(before.system_attrs.get("retry_history", [])) < MAX_RETRIES
         if ended.code != 0 and (self.stop.is_set() or again):
             self.retry(self.study, before)
-            raise TrialFailed("stopped or killed; it will be run again")
+            raise TrialError("stopped or killed; it will be run again")
         if ended.code != 0 or curve.best is None:
             reason = ended.reason.removeprefix("train: ") if ended.code else "nothing was validated"
             trial.set_user_attr("reason", reason)
-            raise TrialFailed(reason)
+            raise TrialError(reason)
         return curve.best
 
     def _composed(self, overrides: Sequence[str]) -> Any:
         """A trial's configuration; None where its own command shall compose it, for it has something to refuse."""
-        with self.composing, contextlib.suppress(Refusal), self.files.errors_as_refusals(overrides):
+        with self.composing, contextlib.suppress(UserError), self.files.errors_as_refusals(overrides):
             return launch.for_another_process(self.files, self.files.compose(overrides))
         return None
 
@@ -171,14 +171,14 @@ class Search:
         place = sum(map(counts, trials)) + sum(each.number <= trial.number for each in before)
         if place > self.n_trials:
             trial.set_user_attr("surplus", True)
-            raise TrialFailed("not needed: another process was faster")
+            raise TrialError("not needed: another process was faster")
 
     def _refuse_what_cannot_succeed(self) -> None:
         from optuna.trial import TrialState
 
         done = [trial for trial in self.study.get_trials(deepcopy=False) if counts(trial)]
         if len(done) >= FIRST_FAILURES and all(trial.state == TrialState.FAIL for trial in done):
-            raise Refusal(f"all {len(done)} trials failed, the last one thus: {done[-1].user_attrs['reason']}")
+            raise UserError(f"all {len(done)} trials failed, the last one thus: {done[-1].user_attrs['reason']}")
 
 
 class Curve:
@@ -196,7 +196,7 @@ class Curve:
     epoch: int
     best: float | None
 
-    def is_hopeless(self) -> bool:
+    def should_prune(self) -> bool:
         """Whether the pruner gives the trial up."""
         if self.path.exists():
             for row in csv.DictReader(self.path.read_text(encoding="utf-8").splitlines()):

@@ -9,37 +9,41 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal
-from mnist_lit.cli.configuration import ConfigFiles, flat, own_values, suggestion
+from mnist_lit import UserError
+from mnist_lit.cli.configuration import ConfigFiles, flatten, plain_values, suggestion
 
 HEARTBEAT, GRACE = 5, 15  # seconds between two signs of life of a trial, and after which it is taken for dead
 
 
-def knobs(space: dict[str, Any], overrides: Sequence[str], files: ConfigFiles) -> dict[str, Callable[[Any], Any]]:
+def distributions(
+    space: dict[str, Any], overrides: Sequence[str], files: ConfigFiles
+) -> dict[str, Callable[[Any], Any]]:
     """What draws each key's value in a trial.
 
     Raises:
-        Refusal: A key that train does not have or that was given a value, or a range that is none.
+        UserError: A key that train does not have or that was given a value, or a range that is none.
     """
     with files.errors_as_refusals(overrides):
-        known = flat(own_values(files.compose(overrides), resolve=False))
+        known = flatten(plain_values(files.compose(overrides), resolve=False))
     ranges: dict[str, dict[str, Any]] = {}
-    for path, value in flat(space).items():
+    for path, value in flatten(space).items():
         key, _, name = path.rpartition(".")
         ranges.setdefault(key, {})[name] = value
     draws = {}
     for key, given in ranges.items():
         if key not in known:
-            raise Refusal(f"space.{key}: train has no key {key}{suggestion(key, known)}; '~space.{key}' leaves it out")
+            raise UserError(
+                f"space.{key}: train has no key {key}{suggestion(key, known)}; '~space.{key}' leaves it out"
+            )
         if any(override.lstrip("+~").split("=")[0] == key for override in overrides):
-            raise Refusal(f"{key} is searched, so it cannot be given; '~space.{key}' leaves it out of the search")
-        draws[key] = _knob(key, given, known[key])
+            raise UserError(f"{key} is searched, so it cannot be given; '~space.{key}' leaves it out of the search")
+        draws[key] = _distribution(key, given, known[key])
     if not draws:
-        raise Refusal("space is empty: there is nothing to search")
+        raise UserError("space is empty: there is nothing to search")
     return draws
 
 
-def _knob(key: str, given: dict[str, Any], default: Any) -> Callable[[Any], Any]:
+def _distribution(key: str, given: dict[str, Any], default: Any) -> Callable[[Any], Any]:
     match given:
         case {"choices": [_, *_] as choices, **rest} if not rest:
             return lambda trial: trial.suggest_categorical(key, choices)
@@ -50,7 +54,7 @@ def _knob(key: str, given: dict[str, Any], default: Any) -> Callable[[Any], Any]
             if all(type(value) is int for value in (low, high, default)):
                 return lambda trial: trial.suggest_int(key, low, high, log=logarithmic)
             return lambda trial: trial.suggest_float(key, low, high, log=logarithmic)
-    raise Refusal(
+    raise UserError(
         f"space.{key}: must be choices: [...], or low: and high: with low < high, and log: true only above 0; "
         f"it is {given}"
     )
@@ -81,7 +85,7 @@ def make_pruner(name: str) -> Any:
 def open_study(storage: str, name: str, pruner: Any) -> Any:
     """
     Raises:
-        Refusal: The storage is out of reach, or there is no such kind.
+        UserError: The storage is out of reach, or there is no such kind.
     """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
@@ -111,7 +115,7 @@ def open_study(storage: str, name: str, pruner: Any) -> Any:
             if attempt == 4 or not isinstance(error, SQLAlchemyError | optuna.exceptions.StorageInternalError):
                 reason = " ".join(str(error).split())
                 shown = re.sub(r"(//[^/:@]*):[^@]*@", r"\1:***@", storage)
-                raise Refusal(f"storage={shown}: cannot be opened ({reason[:300]})") from error
+                raise UserError(f"storage={shown}: cannot be opened ({reason[:300]})") from error
             time.sleep(0.5 * (attempt + 1))  # another process may be making its tables
     raise AssertionError("not reached")
 
@@ -119,7 +123,7 @@ def open_study(storage: str, name: str, pruner: Any) -> Any:
 def require_same_search(study: Any, name: str, asked: dict[str, Any]) -> None:
     """
     Raises:
-        Refusal: The study was begun with other settings, with which its trials cannot be compared.
+        UserError: The study was begun with other settings, with which its trials cannot be compared.
     """
     before = study.user_attrs.get("asked")
     if before is None:
@@ -128,7 +132,7 @@ def require_same_search(study: Any, name: str, asked: dict[str, Any]) -> None:
     now = json.loads(json.dumps(asked))
     for key in now:
         if before[key] != now[key]:
-            old, new = flat(before[key]), flat(now[key])
+            old, new = flatten(before[key]), flatten(now[key])
             keys = [each for each in {**old, **new} if old.get(each) != new.get(each)]
             differ = ", ".join(f"{each} was {old.get(each)} and not {new.get(each)}" for each in keys)
-            raise Refusal(f"study={name} was begun with other {key}: {differ}; choose another study=")
+            raise UserError(f"study={name} was begun with other {key}: {differ}; choose another study=")

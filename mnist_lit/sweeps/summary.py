@@ -11,9 +11,9 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from mnist_lit.cli.resume import is_free
+from mnist_lit.cli.resume import may_change
 from mnist_lit.storage import runs
-from mnist_lit.storage.files import write_whole
+from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.sweeps.sweep import Job, differing, identity, read_jobs, title
 
 log = logging.getLogger("mnist_lit.sweeps.sweep")
@@ -70,14 +70,16 @@ def summarize(folder: Path) -> None:
     """Write the summary of the sweep in ``folder``, and show it.
 
     Raises:
-        CannotWriteError: What was there before is untouched.
+        WriteError: What was there before is untouched.
     """
     groups, ranked = best_first(read_jobs(folder))
-    write_whole(folder / "summary.csv", _csv(groups, ranked).encode())
+    atomic_write(folder / "summary.csv", _csv(groups, ranked).encode())
     if any(group.finished for group in groups):
         _draw(groups, folder / "summary.png")
     log.info(
-        "\n%s\n\nthe sweep is in %s: summary.csv, summary.png", table(groups, ranked), runs.shown(folder.absolute())
+        "\n%s\n\nthe sweep is in %s: summary.csv, summary.png",
+        table(groups, ranked),
+        runs.display_path(folder.absolute()),
     )
 
 
@@ -88,7 +90,7 @@ def best_first(jobs: list[Job]) -> tuple[list[Group], bool]:
         The groups, and whether they are ranked; if not they have the order of their folders.
     """
     swept = sorted({key for job in jobs for key in job.swept})
-    keys = [key for key in differing(jobs) if key != "seed" and (key in swept or not is_free(key.lstrip("+~")))]
+    keys = [key for key in differing(jobs) if key != "seed" and (key in swept or not may_change(key.lstrip("+~")))]
     groups: dict[str, Group] = {}
     for job in jobs:
         settings = {key: job.overrides[key] for key in keys if key in job.overrides}

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Refusal, Stopped
+from mnist_lit import Interrupted, UserError
 from mnist_lit.cli import job, launch, resume
-from mnist_lit.cli.configuration import ConfigFiles, flat, own_values, quoted
+from mnist_lit.cli.configuration import ConfigFiles, flatten, plain_values, quoted
 from mnist_lit.storage import runs
-from mnist_lit.storage.files import write_whole
+from mnist_lit.storage.atomic import atomic_write
 
 log = logging.getLogger("mnist_lit.sweeps.sweep")
 
@@ -62,7 +62,7 @@ class Job:
 
     def write(self) -> None:
         content = {key: value for key, value in asdict(self).items() if key != "folder"}
-        write_whole(
+        atomic_write(
             self.folder / FILE, (json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n").encode()
         )
 
@@ -93,14 +93,16 @@ def plan(files: ConfigFiles, overrides: Sequence[str], folder: Path) -> list[Job
     """The jobs of a sweep, each with its folder: the one that was asked the same before, or a new one.
 
     Raises:
-        Refusal: ``folder`` holds a single run, or another sweeper was chosen.
+        UserError: ``folder`` holds a single run, or another sweeper was chosen.
     """
     if (folder / "config.yaml").exists():
-        raise Refusal(f"{folder} holds a run, not a sweep: choose another hydra.sweep.dir")
+        raise UserError(f"{folder} holds a run, not a sweep: choose another hydra.sweep.dir")
     lists = files.sweep_jobs(overrides)
     asked = [dict(override.split("=", 1) for override in each) for each in lists]
     swept = [key for key in asked[0] if len({each[key] for each in asked}) > 1]
-    configs = [flat(own_values(files.compose(each), resolve=False)) for each in lists]  # all, before a folder is made
+    configs = [
+        flatten(plain_values(files.compose(each), resolve=False)) for each in lists
+    ]  # all, before a folder is made
     folder = folder.absolute()  # jobs may run in processes that are elsewhere
     known = {identity(job.config, swept): job for job in read_jobs(folder)}
     jobs: list[Job] = []
@@ -119,8 +121,8 @@ def identity(config: dict[str, Any], swept: Iterable[str]) -> str:
     """What makes a job another one than those with other configurations: all but where it runs and where the data are,
     which do not change its results. What is swept over, or which data they are, always does."""
     keys = [key.lstrip("+~") for key in swept] + ["data.source"]
-    free = [each for each in resume.FREE if not any(key == each or key.startswith(f"{each}.") for key in keys)]
-    decisive = {key: value for key, value in config.items() if not resume.is_free(key, free)}
+    free = [each for each in resume.MAY_CHANGE if not any(key == each or key.startswith(f"{each}.") for key in keys)]
+    decisive = {key: value for key, value in config.items() if not resume.may_change(key, free)}
     return json.dumps(decisive, sort_keys=True, default=str)
 
 
@@ -192,7 +194,7 @@ class Sweep:
                 else ended.reason.removeprefix(f"{self.verb}: ")
             )
             if not finished:
-                write_whole(mine.folder / "error.txt", f"{ended.error_output}\n".encode())
+                atomic_write(mine.folder / "error.txt", f"{ended.error_output}\n".encode())
         except BaseException:
             mine.status, mine.reason = "stopped", "the sweep was stopped"
             raise
@@ -207,7 +209,7 @@ class Sweep:
     def _arguments(self, mine: Job) -> list[str]:
         each = [f"{key}={value}" for key, value in mine.overrides.items()]
         if (mine.folder / "config.yaml").exists():  # begun, and not finished
-            each = [override for override in each if resume.is_free(override.split("=")[0])]
+            each = [override for override in each if resume.may_change(override.split("=")[0])]
             return [*each, *self.for_each, quoted(f"resume={mine.folder}")]
         return [*each, *self.for_each, quoted(f"hydra.run.dir={mine.folder}")]
 
@@ -242,19 +244,19 @@ def run(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydra_m
     """Plan the jobs of a sweep, have Hydra's launcher run them, and say at the end which have failed.
 
     Raises:
-        Refusal: A job cannot be composed, this command makes no sweeps, or jobs have failed.
+        UserError: A job cannot be composed, this command makes no sweeps, or jobs have failed.
     """
     overrides: list[str] = flags.overrides
     hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
     config = files.compose([*files.sweep_jobs(overrides)[0], *hydras])
     if config.get("resume"):
-        raise Refusal("resume= goes on with one run: leave out -m (a sweep goes on with its hydra.sweep.dir=)")
+        raise UserError("resume= goes on with one run: leave out -m (a sweep goes on with its hydra.sweep.dir=)")
     if any(override.startswith("hydra.sweep.subdir=") for override in hydras):
-        raise Refusal("hydra.sweep.subdir: a job's folder has the name of what was changed for it")
+        raise UserError("hydra.sweep.subdir: a job's folder has the name of what was changed for it")
     job.find_package()  # a launcher's process may start elsewhere
     job.warm_up()
     folder = launch.claimed(overrides, "hydra.sweep.dir", config.hydra.sweep.dir)
-    with runs.in_use(folder):
+    with runs.locked(folder):
         try:
             jobs = plan(files, overrides, folder)
         except Exception:
@@ -271,19 +273,21 @@ def run(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydra_m
             arguments, flags, [*overrides, quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"]
         )
         signal.signal(signal.SIGTERM, _stopped)
-        again = f"{runs.shown(folder.absolute())}; the same command with hydra.sweep.dir={folder} runs what is missing"
+        again = f"{runs.display_path(folder.absolute())}; the same command with hydra.sweep.dir={folder} runs what is missing"
         try:
             hydra_main(task)()
         except KeyboardInterrupt as error:
-            raise Stopped(signal.SIGINT, f"stopped by Ctrl-C; the sweep is in {again}") from error
-        except Stopped as stopped:
-            raise Stopped(stopped.signal, f"stopped by SIGTERM; the sweep is in {again}") from stopped
+            raise Interrupted(signal.SIGINT, f"stopped by Ctrl-C; the sweep is in {again}") from error
+        except Interrupted as stopped:
+            raise Interrupted(stopped.signal, f"stopped by SIGTERM; the sweep is in {again}") from stopped
         except Exception as error:
             log.debug("the launcher failed", exc_info=True)
-            raise Refusal(f"the launcher failed ({type(error).__name__}: {error}); the sweep is in {again}") from error
+            raise UserError(
+                f"the launcher failed ({type(error).__name__}: {error}); the sweep is in {again}"
+            ) from error
     if failed := sum(not job.results for job in jobs):
-        raise Refusal(f"{failed} of {len(jobs)} jobs failed; the sweep is in {again}")
+        raise UserError(f"{failed} of {len(jobs)} jobs failed; the sweep is in {again}")
 
 
 def _stopped(number: int, frame: Any) -> None:
-    raise Stopped(number, "stopped")
+    raise Interrupted(number, "stopped")

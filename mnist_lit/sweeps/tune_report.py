@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from mnist_lit import Refusal
-from mnist_lit.cli.configuration import ConfigFiles, as_overrides, flat, own_values
+from mnist_lit import UserError
+from mnist_lit.cli.configuration import ConfigFiles, as_overrides, flatten, plain_values
 from mnist_lit.storage import runs
-from mnist_lit.storage.files import write_whole
+from mnist_lit.storage.atomic import atomic_write
 
 log = logging.getLogger("mnist_lit.tune")
 
@@ -34,22 +34,22 @@ def report(folder: Path, study: Any, overrides: Sequence[str], files: ConfigFile
     """Write the results of ``study`` into ``folder``, and show the best of them.
 
     Raises:
-        Refusal: No trial came to its end.
-        CannotWriteError: What was there before is untouched.
+        UserError: No trial came to its end.
+        WriteError: What was there before is untouched.
     """
     from optuna.trial import TrialState
 
     logging.getLogger("matplotlib.category").setLevel(logging.WARNING)  # it is told of numbers that are choices
     trials = study.get_trials(deepcopy=False)
-    write_whole(folder / "trials.csv", _csv(trials).encode())
+    atomic_write(folder / "trials.csv", _csv(trials).encode())
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if not complete:
-        raise Refusal(f"no trial came to its end; what became of them is in {runs.shown(folder)}/trials.csv")
+        raise UserError(f"no trial came to its end; what became of them is in {runs.display_path(folder)}/trials.csv")
     complete.sort(key=lambda trial: -trial.value)
     (folder / "experiment").mkdir(exist_ok=True)
     best = complete[0]
     path = folder / "experiment" / "best.yaml"
-    write_whole(path, experiment(best, study.study_name, overrides, files).encode())
+    atomic_write(path, experiment(best, study.study_name, overrides, files).encode())
     _draw(study, folder, several=len(complete) > 1)
     keys = list(best.params)
     rows = [["trial", "val/acc", *keys]]
@@ -60,9 +60,9 @@ def report(folder: Path, study: Any, overrides: Sequence[str], files: ConfigFile
     bad = [trial for trial in trials if "reason" in trial.user_attrs]
     lines = [f"failed: trial {trial.number}: {trial.user_attrs['reason']}" for trial in bad]
     lines += [
-        f"{len(complete)} trials to their end, {pruned} pruned, {len(bad)} failed; all are in {runs.shown(folder)}"
+        f"{len(complete)} trials to their end, {pruned} pruned, {len(bad)} failed; all are in {runs.display_path(folder)}"
     ]
-    lines += [f"the best one again: python -m mnist_lit.train --config-dir={runs.shown(folder)} experiment=best"]
+    lines += [f"the best one again: python -m mnist_lit.train --config-dir={runs.display_path(folder)} experiment=best"]
     log.info("\n%s\n\n%s", table, "\n".join(lines))
 
 
@@ -71,9 +71,9 @@ def experiment(trial: Any, study: str, overrides: Sequence[str], files: ConfigFi
     config = files.compose([*overrides, *as_overrides(trial.params)])
     choices = config.hydra.runtime.choices
     groups = {group: choices[group] for group in ("model", "optimizer")}
-    before = flat(files.defaults(choices))
+    before = flatten(files.defaults(choices))
     content: dict[str, Any] = {"defaults": [{f"override /{group}": choice} for group, choice in groups.items()]}
-    for key, value in flat(own_values(config)).items():
+    for key, value in flatten(plain_values(config)).items():
         *sections, name = key.split(".")
         if before.get(key, NOTHING) != value and not key.startswith(LEFT_OUT):
             place = content

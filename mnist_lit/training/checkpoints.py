@@ -16,10 +16,10 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mnist_lit import Refusal, Stopped
-from mnist_lit.storage.checkpoint_file import read_checkpoint, trouble
-from mnist_lit.storage.files import appears_whole, sync_folder
-from mnist_lit.storage.runs import BEST, LAST, NEW, PREVIOUS, how_to_go_on, versions
+from mnist_lit import Interrupted, UserError
+from mnist_lit.storage.atomic import atomic_path, sync_folder
+from mnist_lit.storage.checkpoint_file import corruption, read_checkpoint
+from mnist_lit.storage.runs import BEST, LAST, NEW, PREVIOUS, resume_hint, versions
 from mnist_lit.training.progress import epoch_name
 
 log = logging.getLogger(__name__)
@@ -27,27 +27,27 @@ log = logging.getLogger(__name__)
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under another name, reads it back, and only then gives it its own; refuses damaged ones."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """
         Raises:
-            CannotWriteError: What was there before is untouched.
+            WriteError: What was there before is untouched.
         """
         content = io.BytesIO()
         torch.save(move_data_to_device(checkpoint, "cpu"), content)  # so that it loads wherever it is taken
         path = Path(path)
         path.parent.mkdir(exist_ok=True)
-        with appears_whole(path, content.getbuffer().nbytes) as temporary:
+        with atomic_path(path, content.getbuffer().nbytes) as temporary:
             temporary.write_bytes(content.getbuffer())
-            if reason := trouble(temporary):
+            if reason := corruption(temporary):
                 raise OSError(f"what was written does not read back: {reason}")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """
         Raises:
-            Refusal: As ``read_checkpoint``.
+            UserError: As ``read_checkpoint``.
         """
         return read_checkpoint(Path(path))
 
@@ -69,8 +69,8 @@ class Checkpoints(Checkpoint):
         best: ``epoch`` and ``val/acc`` of the best validation, the first of several; empty before the first one.
 
     Raises:
-        Stopped: By Lightning's hooks, when a signal came.
-        Refusal: By Lightning's hooks, where weights are not finite or the file cannot be written.
+        Interrupted: By Lightning's hooks, when a signal came.
+        UserError: By Lightning's hooks, where weights are not finite or the file cannot be written.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Checkpoints(Checkpoint):
         if not self.enabled:
             return
         if not all(bool(parameter.isfinite().all()) for parameter in trainer.lightning_module.parameters()):
-            raise Refusal(
+            raise UserError(
                 f"weights are not finite after step {trainer.global_step} ({epoch_name(trainer)}): training has "
                 "stopped; the checkpoints from before are untouched"
             )
@@ -181,7 +181,7 @@ class Checkpoints(Checkpoint):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._testing or self._signal is not None:
-            raise Stopped(number, f"stopped at once by {NAMES[signal.Signals(number)]}{how_to_go_on(self.folder)}")
+            raise Interrupted(number, f"stopped at once by {NAMES[signal.Signals(number)]}{resume_hint(self.folder)}")
         self._signal = number
         if self._says:
             # Not the log, which may be at work in what was interrupted.
@@ -195,7 +195,7 @@ class Checkpoints(Checkpoint):
     def _stop(self, trainer: L.Trainer) -> None:
         number = self._signal or signal.SIGTERM
         where = f"after step {trainer.global_step} ({epoch_name(trainer)})"
-        raise Stopped(number, f"stopped by {NAMES[signal.Signals(number)]} {where}{how_to_go_on(self.folder)}")
+        raise Interrupted(number, f"stopped by {NAMES[signal.Signals(number)]} {where}{resume_hint(self.folder)}")
 
 
 class StopOnNaN(L.Callback):
@@ -204,7 +204,7 @@ class StopOnNaN(L.Callback):
     On a GPU it is noticed some steps later, so that no step has to wait for the value, but the step is the right one.
     """
 
-    LOOK_EVERY = 50
+    CHECK_EVERY = 50
 
     def __init__(self) -> None:
         self._first: torch.Tensor | None = None
@@ -220,13 +220,13 @@ class StopOnNaN(L.Callback):
         step = torch.full_like(finite, trainer.global_step, dtype=torch.int64)
         now = torch.where(finite, 0, step)
         self._first = now if self._first is None else torch.where(self._first == 0, now, self._first)
-        look = trainer.global_step % self.LOOK_EVERY == 0 or trainer.is_last_batch
+        look = trainer.global_step % self.CHECK_EVERY == 0 or trainer.is_last_batch
         if look and (first := int(self._first)):
             self._stop(trainer, first)
 
     def _stop(self, trainer: L.Trainer, step: int) -> None:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
-        raise Refusal(
+        raise UserError(
             f"the loss is not finite at step {step} ({epoch_name(trainer)}), with optimizer.lr={rate:g}: training has "
             "stopped; the checkpoints from before are untouched"
         )
@@ -252,10 +252,10 @@ def compare_machines(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Warn of what makes the bits of a run differ from those that it would have had without a stop.
 
     Raises:
-        Refusal: Another number of processes: each has its own share of a batch and of dropout's draws.
+        UserError: Another number of processes: each has its own share of a batch and of dropout's draws.
     """
     if before["processes"] != now["processes"]:
-        raise Refusal(f"the run had {before['processes']} processes and not {now['processes']}")
+        raise UserError(f"the run had {before['processes']} processes and not {now['processes']}")
     old, new = (each["versions"] | {key: each.get(key) for key in ("device", "threads")} for each in (before, now))
     changed = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in new if old.get(key) != new.get(key)]
     if changed:

@@ -11,8 +11,8 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mnist_lit import Stopped
-from mnist_lit.storage.files import write_whole
+from mnist_lit import Interrupted
+from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.training.progress import epoch_name
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class RunRecorder(L.Callback):
             self._write(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.is_global_zero and trainer.training and not isinstance(exception, Stopped):
+        if trainer.is_global_zero and trainer.training and not isinstance(exception, Interrupted):
             log.warning("stopped in %s; what there is so far is in %s", epoch_name(trainer), self.path.parent)
 
     def _pause(self, trainer: L.Trainer) -> None:
@@ -97,7 +97,7 @@ class RunRecorder(L.Callback):
         writer = csv.DictWriter(text, columns, restval="")
         writer.writeheader()
         writer.writerows({**row, **data} for row in self.history)
-        write_whole(self.path, text.getvalue().encode())
+        atomic_write(self.path, text.getvalue().encode())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         begun = not self.history or self.history[-1]["epoch"] <= trainer.current_epoch  # an epoch that has not ended

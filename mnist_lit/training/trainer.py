@@ -13,9 +13,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import loggers
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 from mnist_lit.data import MNISTDataModule
-from mnist_lit.training.checkpoints import WholeFiles
+from mnist_lit.training.checkpoints import AtomicCheckpointIO
 from mnist_lit.training.progress import ProgressBar
 
 
@@ -34,7 +34,7 @@ def build_trainer(
         resumed: Whether a run in this folder goes on.
 
     Raises:
-        Refusal: Lightning does not take an argument, or this machine lacks the device or a logger's package.
+        UserError: Lightning does not take an argument, or this machine lacks the device or a logger's package.
     """
     tidy_messages()
     shows_bar = arguments["enable_progress_bar"] and sys.stdout.isatty()
@@ -46,23 +46,23 @@ def build_trainer(
                 "enable_model_summary": False,
                 "enable_checkpointing": True,  # Lightning wants this where a callback could write one
             },
-            plugins=[WholeFiles()],
-            callbacks=[EndsOthers(), *callbacks, *([ProgressBar()] if shows_bar else [])],
+            plugins=[AtomicCheckpointIO()],
+            callbacks=[TerminateOtherRanks(), *callbacks, *([ProgressBar()] if shows_bar else [])],
             logger=[_logger(name, folder, options, resumed) for name, options in (logger or {}).items()],
             default_root_dir=folder,
             use_distributed_sampler=False,  # the loaders share a batch out among the processes themselves
         )
     except (MisconfigurationException, AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, Refusal):
+        if isinstance(error, UserError):
             raise
-        raise Refusal(_sentence(arguments, error)) from error
+        raise UserError(_sentence(arguments, error)) from error
     cores = os.cpu_count() or 1
     if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
-        raise Refusal(f"trainer.devices={arguments['devices']}: this machine has {cores} CPU cores to share out")
+        raise UserError(f"trainer.devices={arguments['devices']}: this machine has {cores} CPU cores to share out")
     return trainer
 
 
-class EndsOthers(L.Callback):
+class TerminateOtherRanks(L.Callback):
     """When this process fails, ends those that Lightning has started from it: they would only find that it is gone."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -78,7 +78,7 @@ def check_batches(trainer: L.Trainer, data: MNISTDataModule, arguments: dict[str
     """Refuse what Lightning would find out in the middle of a run, or not at all, now that the data are known.
 
     Raises:
-        Refusal: A share of the batches that is none, a validation after more batches than there are, or a batch that
+        UserError: A share of the batches that is none, a validation after more batches than there are, or a batch that
             the processes cannot share equally.
     """
     facts, processes = data.facts, trainer.world_size
@@ -86,9 +86,9 @@ def check_batches(trainer: L.Trainer, data: MNISTDataModule, arguments: dict[str
         check_limit(stage, data, arguments)
     batches, interval = math.ceil(facts["train"] / data.batch_size), arguments["val_check_interval"]
     if isinstance(interval, int) and interval > batches and arguments["check_val_every_n_epoch"] is not None:
-        raise Refusal(f"trainer.val_check_interval={interval}: an epoch has only {batches} batches")
+        raise UserError(f"trainer.val_check_interval={interval}: an epoch has only {batches} batches")
     if data.batch_size % processes or facts["train"] % data.batch_size % processes:
-        raise Refusal(
+        raise UserError(
             f"data.batch_size={data.batch_size}: each batch of the {facts['train']:,} training images, the last one "
             f"too, must divide equally among the {processes} processes"
         )
@@ -97,11 +97,11 @@ def check_batches(trainer: L.Trainer, data: MNISTDataModule, arguments: dict[str
 def check_limit(stage: str, data: MNISTDataModule, arguments: dict[str, Any]) -> None:
     """
     Raises:
-        Refusal: ``limit_<stage>_batches`` is a share of the batches that is none.
+        UserError: ``limit_<stage>_batches`` is a share of the batches that is none.
     """
     batches, limit = math.ceil(data.facts[stage] / data.batch_size), arguments[f"limit_{stage}_batches"]
     if isinstance(limit, float) and batches and int(batches * limit) == 0 < limit:
-        raise Refusal(f"trainer.limit_{stage}_batches={limit}: of {batches} batches that is not one")
+        raise UserError(f"trainer.limit_{stage}_batches={limit}: of {batches} batches that is not one")
 
 
 def device_name(trainer: L.Trainer) -> str:
@@ -144,8 +144,8 @@ def _logger(name: str, folder: Path, options: dict[str, Any], resumed: bool) -> 
             case "mlflow":
                 return loggers.MLFlowLogger(save_dir=str(folder / "mlflow"), **options)
     except ModuleNotFoundError as error:
-        raise Refusal(f"logger={name} needs a package that is not installed: pip install {name}") from error
-    raise Refusal(f"logger={name}: choose csv, tensorboard, wandb or mlflow")
+        raise UserError(f"logger={name} needs a package that is not installed: pip install {name}") from error
+    raise UserError(f"logger={name}: choose csv, tensorboard, wandb or mlflow")
 
 
 def _sentence(arguments: dict[str, Any], error: Exception) -> str:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from mnist_lit.storage.files import CannotWriteError, appears_whole
+from mnist_lit.storage.atomic import WriteError, atomic_path
 from mnist_lit.storage.runs import write_json
 
 
 def test_a_write_that_fails_keeps_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("before")
-    with pytest.raises(CannotWriteError, match="something"), appears_whole(path) as temporary:
+    with pytest.raises(WriteError, match="something"), atomic_path(path) as temporary:
         temporary.write_text("half")
         raise OSError("something")
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"] and path.read_text() == "before"
@@ -22,7 +22,7 @@ def test_a_write_that_ends_well_replaces_with_the_usual_permissions(tmp_path: Pa
     path, usual = tmp_path / "file.txt", tmp_path / "usual.txt"
     path.write_text("before")
     usual.write_text("")
-    with appears_whole(path) as temporary:
+    with atomic_path(path) as temporary:
         assert temporary.suffix == ".txt"
         temporary.write_text("after")
         assert path.read_text() == "before"

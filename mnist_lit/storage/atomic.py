@@ -8,41 +8,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mnist_lit import Refusal
+from mnist_lit import UserError
 
 TEMPORARY = ".part-"  # how the names of unfinished files begin
 
 
-class CannotWriteError(Refusal):
+class WriteError(UserError):
     """The disk is full, or the folder is not to be written to."""
 
 
 def require_free(key: str, path: Path, overwrite: bool) -> None:
     """
     Raises:
-        Refusal: ``path``, the value of ``key``, cannot be written: it is there already and not to be overwritten, or
+        UserError: ``path``, the value of ``key``, cannot be written: it is there already and not to be overwritten, or
             its folder is not there.
     """
     if path.is_dir():
-        raise Refusal(f"{key}={path}: is a folder")
+        raise UserError(f"{key}={path}: is a folder")
     if path.exists() and not overwrite:
-        raise Refusal(f"{key}={path}: exists already (overwrite=true replaces it)")
+        raise UserError(f"{key}={path}: exists already (overwrite=true replaces it)")
     if not path.parent.is_dir():
-        raise Refusal(f"{key}={path}: there is no folder {path.parent}")
+        raise UserError(f"{key}={path}: there is no folder {path.parent}")
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write ``path`` as ``appears_whole`` does.
+def atomic_write(path: Path, content: bytes | memoryview) -> None:
+    """Write ``path`` as ``atomic_path`` does.
 
     Raises:
-        CannotWriteError: What was there before is untouched.
+        WriteError: What was there before is untouched.
     """
-    with appears_whole(path, len(content)) as temporary:
+    with atomic_path(path, len(content)) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
-def appears_whole(path: Path, size: int | None = None) -> Iterator[Path]:
+def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
     """A temporary file to write to, which gets the name ``path`` when the block ends well, and else disappears.
 
     It lies in the same folder and has the same ending, for those who write by it.
@@ -51,7 +51,7 @@ def appears_whole(path: Path, size: int | None = None) -> Iterator[Path]:
         size: How many bytes it will have, for the message when they do not fit.
 
     Raises:
-        CannotWriteError: What was there before is untouched.
+        WriteError: What was there before is untouched.
     """
     temporary = None
     try:
@@ -68,7 +68,7 @@ def appears_whole(path: Path, size: int | None = None) -> Iterator[Path]:
         temporary = None
         sync_folder(path.parent)
     except OSError as error:
-        raise CannotWriteError(_sentence(path, size, error)) from error
+        raise WriteError(_sentence(path, size, error)) from error
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
