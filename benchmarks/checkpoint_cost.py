@@ -16,7 +16,7 @@ EPOCHS = 4
 
 
 def main(data: str) -> None:
-    from mnist_lit.cli.configuration import settings
+    from mnist_lit.cli.config import settings
     from mnist_lit.train import train
     from mnist_lit.training.checkpoints import Checkpoints
 

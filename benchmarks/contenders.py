@@ -330,7 +330,7 @@ def tinygrad(data: str, epochs: int, batches: int) -> Any:
 def mnist_lit(data: str, epochs: int, batches: int) -> Any:
     import tempfile
 
-    from mnist_lit.cli.configuration import settings
+    from mnist_lit.cli.config import settings
     from mnist_lit.train import train
 
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ import lightning as L
 import optuna
 from scipy import stats
 
-from mnist_lit.cli.configuration import ConfigFiles, settings
+from mnist_lit.cli.config import ConfigFiles, settings
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.sweeps.study import distributions, make_pruner, make_sampler

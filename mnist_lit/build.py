@@ -2,6 +2,8 @@
 
 import inspect
 import pkgutil
+import re
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -40,7 +42,12 @@ def instantiate(section: str, config: Mapping[str, Any], kind: type[T], **defaul
 
     cls = find_class(section, config, kind)
     own = hydra.utils.instantiate({key: value for key, value in config.items() if key != "_target_"}, _convert_="all")
-    return call(section, cls, **{**accepted(cls, defaults), **own})
+    built = call(section, cls, **{**accepted(cls, defaults), **own})
+    if cls.__module__.partition(".")[0] in LIBRARIES:  # some find out late
+        key, reason = wrong_type(cls, own)
+        if key:
+            raise UserError(f"{section}.{key}={own[key]}: {reason}")
+    return built
 
 
 def find_class(section: str, config: Mapping[str, Any], kind: type[T]) -> type[T]:
@@ -69,10 +76,39 @@ def call(section: str, cls: Callable[..., T], *arguments: Any, **named: Any) -> 
         raise UserError(f"{section}: {error} (the keys of {section} are the arguments of {cls.__name__})") from error
     try:
         return cls(*arguments, **named)
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError) or cls.__module__.partition(".")[0] not in LIBRARIES:
+    except UserError:
+        raise
+    except Exception as error:
+        if cls.__module__.partition(".")[0] not in LIBRARIES:
             raise
-        raise UserError(f"{section}: {' '.join(str(error).split())}") from error
+        key, reason = wrong_type(cls, named)
+        if not isinstance(error, TypeError) or not key:
+            reason = " ".join(str(error).split())
+        raise UserError(f"{section}.{key}={named[key]}: {reason}" if key else f"{section}: {reason}") from error
+
+
+def wrong_type(cls: Callable[..., Any], named: Mapping[str, Any]) -> tuple[str, str]:
+    """The first argument that is not of the type that ``cls`` says, and what it must be; empty if there is none."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except NameError:  # of a module that is imported for type checkers only
+        return "", ""
+    parameters = inspect.signature(cls).parameters
+    for key, value in named.items():
+        if key in hints and key in parameters and value != parameters[key].default:
+            try:
+                TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            except ValidationError as error:
+                return key, must_be(error)
+    return "", ""
+
+
+def must_be(error: Any) -> str:
+    """The first finding of a pydantic ``ValidationError``: "must be greater than 0"."""
+    message: str = error.errors()[0]["msg"]
+    return re.sub(r"^(Input|String|List|Value) should ", "must ", message)
 
 
 def accepted(cls: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
+from mnist_lit.reports.results import test_table
 from mnist_lit.storage import runs
-from mnist_lit.storage.provenance import SAMPLE_NAME
 
 log = logging.getLogger("mnist_lit.evaluate")
 
@@ -33,55 +33,36 @@ def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer
 
     path = find(latest.resolve(ckpt))  # before the imports that take ten seconds
     with loading("torchvision and Lightning"):
-        from mnist_lit.data import MNISTDataModule
+        import lightning as L
+
+        from mnist_lit.build import instantiate
         from mnist_lit.inference.trained import load_classifier
         from mnist_lit.reports.report import write_report
         from mnist_lit.reports.scores import PredictionCollector, scores
-        from mnist_lit.training import memory
-        from mnist_lit.training.trainer import build_trainer, check_limit, device_name
+        from mnist_lit.training import setup
 
     classifier = load_classifier(path)
-    datamodule, answers = MNISTDataModule(**data), PredictionCollector()
-    lightning_trainer = build_trainer(folder, trainer, None, [answers])
-    datamodule.prepare_data()
-    datamodule.setup()
-    check_limit("test", datamodule, trainer)
+    datamodule, predictions = instantiate("data", data, L.LightningDataModule), PredictionCollector()
+    lightning_trainer = setup.build_trainer(folder, trainer, None, [predictions], datamodule)
+    setup.prepare_data(lightning_trainer, datamodule, trainer, stages=["test"])
     with runs.locked(folder) if lightning_trainer.is_global_zero else nullcontext():
         started = time.perf_counter()
         (test,) = lightning_trainer.test(classifier, datamodule, verbose=False)
         results = {
             "test/loss": test["test/loss"],
             "test/acc": test["test/acc"],
-            **scores(answers.probabilities, answers.labels),
+            **scores(predictions.probabilities, predictions.labels),
             "ckpt": runs.display_path(path.absolute()),
             "trained_on": classifier.trained_on,
             "test_seconds": time.perf_counter() - started,
-            "peak_memory_bytes": memory.peak_memory_bytes(),
-            "device": device_name(lightning_trainer),
-            "precision": str(lightning_trainer.precision),
-            "data": datamodule.facts,
-            "versions": runs.versions(),
+            **setup.conditions(lightning_trainer, datamodule),
         }
         if lightning_trainer.is_global_zero:
-            config = {"ckpt": results["ckpt"], "model": classifier.hparams["model"], "data": data, "trainer": trainer}
-            write_report(folder / "report.html", results, config, answers, classifier.network)
-            log.info("\n%s", _table(results, folder))
             runs.write_json(folder / "metrics.json", results)
+            config = {"ckpt": results["ckpt"], "model": classifier.hparams["model"], "data": data, "trainer": trainer}
+            write_report(folder / "report.html", results, config, predictions, classifier.network)
+            log.info("\n%s", test_table(results, folder))
         return results
-
-
-def _table(results: dict[str, Any], folder: Path) -> str:
-    lines = ["digit  images  precision  recall      F1"]
-    for row in results["test/digits"]:
-        lines.append(f"{row['digit']:5}{row['images']:8}{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}")
-    lines.append("")
-    for key, title in (("loss", "loss"), ("acc", "accuracy"), ("calibration_error", "calibration error")):
-        lines.append(f"test {title:18}{results[f'test/{key}']:.4f}")
-    data = results["data"]["name"]
-    warning = ", NOT THE FULL MNIST" if data == SAMPLE_NAME else ""
-    lines.append(f"{results['test/images']:,} images of {data}{warning}, with {results['ckpt']}")
-    lines.append(f"the report: {runs.display_path(folder)}/report.html")
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 from mnist_lit import Interrupted, UserError, require_packages
 from mnist_lit.cli import job
-from mnist_lit.cli.configuration import ConfigFiles, as_overrides, flatten, plain_values
+from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, plain_values
 from mnist_lit.cli.launch import launch, loading
+from mnist_lit.sweeps.jobs import identity
 from mnist_lit.sweeps.search import Search
 from mnist_lit.sweeps.study import distributions, make_pruner, make_sampler, open_study, require_same_search
-from mnist_lit.sweeps.sweep import identity
 from mnist_lit.sweeps.tune_report import report
 
 OWN = ("n_trials", "storage", "study", "sampler", "pruner", "sampler_seed", "workers", "space")
@@ -58,7 +58,7 @@ def tune(
     draws = distributions(space, overrides, files)
     opened = open_study(storage, study, make_pruner(pruner))
     opened.sampler = make_sampler(sampler, sampler_seed, len(opened.trials))
-    with files.errors_as_refusals(overrides):
+    with files.errors_as_user_errors(overrides):
         config = flatten(plain_values(files.compose(overrides), resolve=False))
     require_same_search(opened, study, {"space": space, "settings": json.loads(identity(config, ()))})
     Search(folder, opened, n_trials, draws, files, overrides, workers).work()

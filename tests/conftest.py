@@ -15,7 +15,7 @@ from filelock import FileLock
 from helpers import ROOT, differences, shortened, small
 
 from mnist_lit.cli import job
-from mnist_lit.cli.configuration import settings
+from mnist_lit.cli.config import settings
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores out

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from mnist_lit.cli.configuration import flatten, settings
+from mnist_lit.cli.config import flatten, settings
 from mnist_lit.storage import runs
 
 ROOT = Path(__file__).parents[1]

@@ -71,7 +71,7 @@ def trains() -> bool:
 
 
 def main() -> None:
-    from mnist_lit.sweeps.sweep import read_jobs
+    from mnist_lit.sweeps.jobs import read_jobs
 
     os.chdir(tempfile.mkdtemp())
     Path("odd_networks.py").write_text(NETWORK)

@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from mnist_lit import Interrupted
-from mnist_lit.cli.configuration import settings
+from mnist_lit.cli.config import settings
 from mnist_lit.evaluate import evaluate
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.storage import runs

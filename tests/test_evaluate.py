@@ -10,7 +10,7 @@ from conftest import Command
 from helpers import results
 
 from mnist_lit import UserError
-from mnist_lit.cli.configuration import settings
+from mnist_lit.cli.config import settings
 from mnist_lit.evaluate import evaluate
 from mnist_lit.inference.trained import load
 from mnist_lit.reports.scores import scores

@@ -90,7 +90,7 @@ def test_what_a_job_says_and_how_it_ends_comes_back(tmp_path: Path, capfd: pytes
     assert capfd.readouterr().err == ""
     asked = [*QUICK[:2], "trainer.max_epochs=9999", "hydra.run.dir=run"]
     began = tmp_path / "run" / "checkpoints"
-    ended = job.run("train", asked, cwd=tmp_path, quiet=True, look=began.exists)
+    ended = job.run("train", asked, cwd=tmp_path, quiet=True, should_stop=began.exists)
     assert ended.code == 143 and "stopped by SIGTERM after step" in ended.reason
     assert "killed by SIGKILL" in job.Result(-signal.SIGKILL, "").reason
 

@@ -25,9 +25,13 @@ FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floo
 
 
 def imports(path: Path) -> set[str]:
-    """The modules and sub-packages of this project that a file imports, wherever in it."""
+    """The modules and sub-packages of this project that a file imports, wherever in it, but for type checkers only."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body.clear()  # before ast.walk comes to it
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from mnist_lit import UserError
-from mnist_lit.cli.configuration import settings
+from mnist_lit.cli.config import settings
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import TUTORIAL_MODEL, TUTORIAL_OPTIMIZER, MNISTClassifier
 

@@ -17,7 +17,7 @@ from helpers import ROOT, assert_same, final, results
 
 from mnist_lit import UserError
 from mnist_lit.cli import ranks
-from mnist_lit.cli.configuration import settings
+from mnist_lit.cli.config import ConfigFiles, settings
 from mnist_lit.evaluate import evaluate
 
 SMALL = ["data.source=sample", "data.batch_size=400", "trainer.accelerator=cpu", "trainer.limit_test_batches=2"]
@@ -309,14 +309,16 @@ def test_28_29_torchruns_processes_refuse_once(tmp_path: Path) -> None:
 def test_torchruns_numbers_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("LOCAL_WORLD_SIZE", "4"), ("GROUP_WORLD_SIZE", "2"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
-    numbers = ["trainer.devices=4", "trainer.num_nodes=2"]
+    files = ConfigFiles("train")
     for typed in ([], ["trainer.devices=4"], ["trainer.num_nodes=2", "trainer.devices=auto"]):
-        assert ranks.with_torchruns_numbers(["seed=1", *typed]) == ["seed=1", *numbers]
-    with pytest.raises(UserError, match="devices=2: torchrun has started 4 processes on each of 2 machines"):
-        ranks.with_torchruns_numbers(["trainer.devices=2"])
+        config = files.compose(typed)
+        ranks.take_torchruns_numbers(config)
+        assert (config.trainer.devices, config.trainer.num_nodes) == (4, 2)
+    with pytest.raises(UserError, match="devices=2: torchrun has started 4 processes on each of 2 nodes"):
+        ranks.take_torchruns_numbers(files.compose(["trainer.devices=2"]))
     monkeypatch.setenv("WORLD_SIZE", "7")
-    with pytest.raises(UserError, match="torchrun has started 7 processes on 2 machines: give each equally many"):
-        ranks.with_torchruns_numbers([])
+    with pytest.raises(UserError, match="torchrun has started 7 processes on 2 nodes: give each equally many"):
+        ranks.take_torchruns_numbers(files.compose([]))
 
 
 def test_28_several_machines_without_torchrun_are_refused(tmp_path: Path, command: Command) -> None:

@@ -13,10 +13,11 @@ from conftest import Command
 from helpers import QUICK
 
 from mnist_lit import UserError
-from mnist_lit.cli.configuration import ConfigFiles
+from mnist_lit.cli.config import ConfigFiles
 from mnist_lit.storage import runs
+from mnist_lit.sweeps.jobs import Job, read_jobs
 from mnist_lit.sweeps.summary import best_first, summarize, table
-from mnist_lit.sweeps.sweep import Job, plan, read_jobs
+from mnist_lit.sweeps.sweep import asked_jobs, plan
 
 NETWORK = """\
 import os, signal, sys
@@ -43,7 +44,7 @@ SMALL = [
 
 
 def planned(folder: Path, *overrides: str) -> list[Job]:
-    return plan(ConfigFiles("train"), overrides, folder)
+    return plan(asked_jobs(ConfigFiles("train"), overrides), folder)
 
 
 def names(jobs: list[Job]) -> list[str]:
@@ -105,10 +106,10 @@ def test_a_folder_with_a_single_run_and_another_sweeper_are_refused(tmp_path: Pa
     files = ConfigFiles("train")
     with (
         pytest.raises(UserError, match="does not support sweep type"),
-        files.errors_as_refusals(["seed=interval(0,1)"]),
+        files.errors_as_user_errors(["seed=interval(0,1)"]),
     ):
         planned(tmp_path / "new", "optimizer.lr=interval(0.1,1)")
-    with pytest.raises(UserError, match=r"unknown key optimizer\.rho"), files.errors_as_refusals([]):
+    with pytest.raises(UserError, match=r"unknown key optimizer\.rho"), files.errors_as_user_errors([]):
         planned(tmp_path / "new", "optimizer=adadelta,sgd", "optimizer.rho=0.9")
     assert not (tmp_path / "new").exists()  # nothing is made before all jobs can be composed
     done = command("-m", "optimizer=adadelta,sgd", "optimizer.rho=0.9", cwd=tmp_path)
@@ -200,7 +201,7 @@ def test_22_a_job_that_raises_exits_or_is_killed_does_not_stop_the_others(tmp_pa
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("train: 3 of 4 jobs failed"), done.stderr
     for line in (
         "failed: model.how=raises: ZeroDivisionError: as the test wants it",
-        "failed: model.how=dies: killed by SIGKILL, perhaps for want of memory",
+        "failed: model.how=dies: killed by SIGKILL (out of memory?)",
         "failed: model.how=exits: exit code 5",
     ):
         assert line in done.stdout.splitlines()

@@ -84,35 +84,25 @@ def test_with_a_validation_split_the_best_weights_are_tested(validated_run: Path
     assert results["test/loss"] != pytest.approx(scores["last"], rel=1e-5)
 
 
-def test_metrics_json_is_written_last(tmp_path: Path, monkeypatch) -> None:
-    from mnist_lit.storage import runs
+def test_the_results_are_there_before_anything_that_only_shows_them(tmp_path: Path, monkeypatch) -> None:
+    from mnist_lit.reports import report
 
-    there: list[set[str]] = []
-    write = runs.write_json
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("as the test wants it")
 
-    def look_and_write(path: Path, content: dict) -> None:
-        there.append({str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()})
-        write(path, content)
-
-    monkeypatch.setattr(runs, "write_json", look_and_write)
-    train(tmp_path, **small("trainer.max_epochs=1"))
-    (before,) = there
-    after = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
-    assert after - before == {"metrics.json"} and before == {
-        "config.yaml",
-        "metrics.csv",
-        "learning_curve.png",
-        "report.html",
-        "checkpoints/last.ckpt",
-    }
+    monkeypatch.setattr(report, "write_report", fail)
+    monkeypatch.setattr(report, "learning_curve", fail)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, **small("trainer.max_epochs=1"))
+    assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 1
 
 
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["trainer.limit_test_batches=0.01"], "of 10 batches that is not one"),
-        (["trainer.limit_train_batches=0.001"], "of 40 batches that is not one"),
-        (["data.val_size=300", "trainer.limit_val_batches=0.1"], "of 3 batches that is not one"),
+        (["trainer.limit_test_batches=0.01"], r"selects no batch \(there are 10\)"),
+        (["trainer.limit_train_batches=0.001"], r"selects no batch \(there are 40\)"),
+        (["data.val_size=300", "trainer.limit_val_batches=0.1"], r"selects no batch \(there are 3\)"),
         (["data.val_size=300", "trainer.val_check_interval=500"], "an epoch has only 37 batches"),
         (["trainer.devices=64"], "this machine has"),
         (["trainer.accelerator=mps"], "trainer.accelerator=mps"),

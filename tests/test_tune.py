@@ -18,7 +18,7 @@ import yaml
 from conftest import Command
 
 from mnist_lit import UserError
-from mnist_lit.cli.configuration import ConfigFiles, flatten, plain_values, settings
+from mnist_lit.cli.config import ConfigFiles, flatten, plain_values, settings
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 

@@ -53,7 +53,7 @@ class Result:
         """Why it did not end well, in a few words."""
         if self.code < 0:
             name = signal.Signals(-self.code).name
-            return f"killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+            return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         last = self.error_output.rpartition("\n")[2]
         return last if self.code == 1 and last else f"exit code {self.code} {last}".strip()
 
@@ -131,8 +131,8 @@ def run(
     arguments: Sequence[str],
     cwd: Path | None = None,
     quiet: bool = False,
-    look: Callable[[], bool] = lambda: False,
-    every: float = 0.5,
+    should_stop: Callable[[], bool] = lambda: False,
+    poll_seconds: float = 0.5,
     threads: int | None = None,
     composed: Any = None,
 ) -> Result:
@@ -141,7 +141,7 @@ def run(
     Args:
         cwd: The folder that it runs in, if another than this process's.
         quiet: Without what it has to say on the terminal.
-        look: Called every so many seconds (``every``); true asks the command to stop.
+        should_stop: Called every ``poll_seconds``; true asks the command to stop.
         threads: How many it may compute with on a CPU; None leaves that to the environment.
         composed: The configuration that the arguments give, where it has been composed and checked already.
 
@@ -162,10 +162,10 @@ def run(
     try:
         while True:
             try:
-                code = command.wait(every)
+                code = command.wait(poll_seconds)
                 break
             except TimeoutError:
-                if look():
+                if should_stop():
                     code = _stop(command, signal.SIGTERM)
                     break
     except BaseException as error:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mnist_lit import UserError
-from mnist_lit.cli.configuration import ConfigFiles
+from mnist_lit.cli.config import ConfigFiles
 from mnist_lit.storage import runs
 
 

@@ -1,13 +1,9 @@
-"""The door of every command: what Hydra would do too late or not at all, then Hydra.
-
-Hydra composes the configuration after it has made the run's folder, prints a traceback for a mistyped key, and its
-help drops the YAML's comments. So the command line is composed and checked here first, before Hydra makes a folder
-and the work imports torch; Hydra then does it again and calls the work.
-"""
+"""Command-line entry point: ``hydra.main`` with a run's folder decided before Hydra makes it, and errors in one sentence."""
 
 import atexit
 import contextlib
 import gc
+import inspect
 import logging
 import os
 import shutil
@@ -17,16 +13,39 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mnist_lit import Interrupted, UserError
 from mnist_lit.cli import ranks
-from mnist_lit.cli.configuration import CONF, ConfigFiles, check, flatten, plain_values, quoted
+from mnist_lit.cli.config import (
+    CONF,
+    ConfigFiles,
+    absolute_paths,
+    checked_values,
+    flatten,
+    key_of,
+    plain_values,
+    quoted,
+)
 from mnist_lit.storage import runs
 
-log = logging.getLogger(__name__)
-
 composed: Any = None  # a run's configuration, Hydra's part included, where another process has composed and checked it
+current: "Preparing | None" = None  # the command of this process, for ``callbacks.Prepare``
+tracebacks = False  # whether debug=true or HYDRA_FULL_ERROR=1 asks for them, also of what the user can put right
+
+
+class Preparing(Protocol):
+    """What ``callbacks.Prepare`` calls."""
+
+    def prepare(self, config: Any) -> None:
+        """Before Hydra makes a folder; ``config`` may be changed."""
+
+    def finish(self, config: Any) -> None:
+        """After a sweep."""
+
+
+class InCallback(BaseException):
+    """Its cause was raised in a callback of Hydra's, and is not to be taken for a warning."""
 
 
 def launch(
@@ -35,84 +54,181 @@ def launch(
     """Run ``work`` with the configuration ``conf/<verb>.yaml`` and the command line's changes to it.
 
     Args:
-        work: Gets the configuration's sections as plain values, and ``folder`` if ``run_folder``.
+        work: Called with the configuration's sections as plain values, and ``folder`` if ``run_folder``.
         run_folder: Whether each run has a folder of its own, which no other run may share.
-        sweep: What runs many at once, which is asked for with -m: ``sweeps.sweep.run``.
+        sweep: Called instead if -m asks for many runs: ``sweeps.sweep.run``.
     """
+    global current
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    arguments = [quoted(argument) for argument in sys.argv[1:]]
-    flags = get_args_parser().parse_intermixed_args(arguments)
-    if flags.help:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
-        print(help_text(verb, flags.overrides))
-        return
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come to us as they are, not as Hydra's printed text
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    flags = get_args_parser().parse_intermixed_args(sys.argv[1:])
+    # Hydra wants the overrides side by side.
+    sys.argv[1:] = [*(argument for argument in sys.argv[1:] if argument not in flags.overrides), *flags.overrides]
     files = ConfigFiles(flags.config_name or verb, flags.config_dir)
-    job = _Job(verb, files, work, run_folder)
+    if flags.help:
+        from mnist_lit.cli.help import help_text
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
+        print(help_text(files.name, flags.overrides, files.user_folder))
+        return
+    command = Command(verb, files, work, run_folder)
     hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     try:
-        with files.errors_as_refusals(flags.overrides):
-            overrides = flags.overrides
-            multirun = flags.multirun or "hydra.mode=MULTIRUN" in overrides
-            if multirun and not _only_shows(flags):
+        with files.errors_as_user_errors(flags.overrides), _exceptions_from_hydra():
+            if composed:
+                _run_composed(command, composed)
+            elif flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
                 if not sweep:
                     raise UserError("-m: only train makes sweeps")
                 if ranks.by_torchrun():
                     raise UserError("torchrun starts the processes of one run: leave out -m")
-                sweep(verb, files, flags, arguments, hydra_main)
-                return
-            if composed:
-                _run(job, composed)
-                job.raise_refusal()
-                return
-            if not _only_shows(flags):
-                overrides, job.continued = _prepare_all(files, overrides, run_folder)
-            hand_over(arguments, flags, overrides)
-            hydra_main(job)()
-            job.raise_refusal()
-    except UserError as refusal:
-        if not (ranks.is_first() or isinstance(refusal, ranks.LostProcessError)):  # it may concern all: one says it
+                sweep(verb, files, flags, hydra_main)
+            else:
+                current = command
+                hydra_main(command)()
+            if command.error:
+                raise command.error
+    except UserError as error:
+        if tracebacks:
+            raise
+        if not (ranks.is_first() or isinstance(error, ranks.LostProcessError)):  # it may concern all: one says it
             time.sleep(ranks.FIRST_SAYS_IT)
-        sys.exit(f"{verb}: {refusal}")
+        sys.exit(f"{verb}: {error}")
     except (Interrupted, KeyboardInterrupt) as stopped:
         if ranks.is_first():
             print(f"{verb}: {stopped if isinstance(stopped, Interrupted) else 'stopped'}", file=sys.stderr)
         sys.exit(128 + (stopped.signal if isinstance(stopped, Interrupted) else signal.SIGINT))
 
 
-class _Job:
-    """What Hydra calls with the composed configuration, once a run."""
+@contextlib.contextmanager
+def _exceptions_from_hydra() -> Iterator[None]:
+    """In this block Hydra raises what goes wrong while it composes, instead of printing it."""
+    global tracebacks
+    tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except InCallback as error:
+        raise error.__cause__ or error from None
+
+
+def show_tracebacks_as_asked() -> None:
+    """From now on Hydra prints the traceback of an exception: in full if that was asked for, else its last part."""
+    os.environ["HYDRA_FULL_ERROR"] = "1" if tracebacks else "0"
+
+
+class Command:
+    """One run of a verb: what Hydra calls with the composed configuration.
+
+    Attributes:
+        error: What the user can put right, once it has been raised.
+    """
 
     def __init__(self, verb: str, files: ConfigFiles, work: Callable[..., Any], run_folder: bool) -> None:
         self.verb, self.files, self.work, self.run_folder = verb, files, work, run_folder
-        self.refusal: UserError | None = None
+        self.error: UserError | None = None
         self.continued: dict[str, Any] | None = None  # the configuration of a run that goes on
 
+    def prepare(self, config: Any) -> None:
+        """Check the configuration, and decide on the run's folder before Hydra makes it."""
+        from omegaconf import OmegaConf, open_dict, read_write
+
+        if not (self.run_folder and ranks.is_started_by_another()):
+            ranks.tell_children()
+        if not self.run_folder:
+            self._check(config)
+            return
+        if ranks.is_started_by_another():
+            ranks.end_with_parent()
+        if ranks.by_torchrun():
+            ranks.take_torchruns_numbers(config)
+            folder, start = ranks.decided_by_first(lambda: self._decide(config))
+        elif ranks.is_first():
+            folder, start = self._decide(config)
+        else:  # Lightning has named the folder
+            folder, start = str(config.hydra.run.dir), config.get("resume")
+            start = folder if start and not Path(start).is_file() else start
+        if start:
+            self.continued = self._continued(config, start)
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.run.dir = folder
+            if start or not ranks.is_first():
+                config.hydra.output_subdir = None  # it is there already
+            if not ranks.is_first():
+                quiet = CONF / "hydra" / "job_logging" / "further_process.yaml"
+                config.hydra.job_logging = OmegaConf.load(quiet)
+
+    def finish(self, config: Any) -> None:
+        """Nothing: this is not a sweep."""
+
     def __call__(self, config: Any) -> None:
+        global tracebacks
         from hydra.core.hydra_config import HydraConfig
 
         of_hydra = HydraConfig.get()
         folder = Path(of_hydra.runtime.output_dir)
         try:
-            if composed:
-                values = plain_values(config)
-            else:
-                values = self.continued or self.files.checked_values(config, of_hydra.runtime.choices)
-            with ranks.loss_as_refusal(lambda: runs.resume_hint(folder)):
-                self.work(**{"folder": folder} if self.run_folder else {}, **values)
-        except UserError as refusal:
+            values = self.continued or checked_values(self.verb, config)
+            if of_hydra.job.chdir:
+                values = absolute_paths(values, of_hydra.runtime.cwd)
+            tracebacks = values.pop("debug", False) or tracebacks
+            show_tracebacks_as_asked()
+            arguments = {"folder": folder, **values} if self.run_folder else values
+            try:
+                inspect.signature(self.work).bind(**arguments)
+            except TypeError as error:
+                raise UserError(f"the configuration does not fit: {error} (--help shows the keys)") from error
+            with ranks.loss_as_user_error(lambda: runs.resume_hint(folder)):
+                self.work(**arguments)
+        except UserError as error:
             if self.run_folder and ranks.is_first():
                 _remove_traces(folder, self.verb)
-            self.refusal = refusal  # raised here, Hydra would print a line of its own
+            self.error = error  # raised here, Hydra would print a traceback
+        except Exception:
+            logging.getLogger("mnist_lit.crash").exception("the run failed")  # for the log's file
+            raise
 
-    def raise_refusal(self) -> None:
-        if self.refusal:
-            raise self.refusal
+    def _check(self, config: Any) -> None:
+        from omegaconf.errors import InterpolationResolutionError
+
+        with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only once there is a folder
+            _refuse_what_is_missing(checked_values(self.verb, config).get("trainer", {}))
+
+    def _decide(self, config: Any) -> tuple[str, str | None]:
+        """The run's folder, which is this run's from now on, and what it goes on from, if it does."""
+        typed = any(key_of(override) == "hydra.run.dir" for override in config.hydra.overrides.hydra)
+        if wanted := config.get("resume"):
+            from mnist_lit.cli import resume
+
+            if typed:
+                raise UserError("resume= goes on in the run's own folder: leave out hydra.run.dir")
+            run = resume.find(wanted)
+            return str(run.folder), str(run.start)
+        self._check(config)
+        folder = claimed("hydra.run.dir", config.hydra.run.dir, typed)
+        if runs.contains_run(folder):
+            raise UserError(
+                f"{folder} holds a run already: choose another hydra.run.dir, or go on with it: resume={folder}"
+            )
+        return str(folder), None
+
+    def _continued(self, config: Any, start: str) -> dict[str, Any]:
+        """The configuration of the run that goes on, with what may change and was typed."""
+        from mnist_lit.cli import resume
+
+        asked = plain_values(config)
+        # Typed: named by an override, or set by a group that was chosen. The only time that Hydra composes again.
+        unchanged, new = flatten(plain_values(self.files.compose([]))), flatten(asked)
+        named = {key_of(override) for override in config.hydra.overrides.task}
+        typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
+        continued = resume.continued(resume.find(start), asked, typed)
+        _refuse_what_is_missing(continued["trainer"])
+        return continued
 
 
-def _run(job: _Job, config: Any) -> None:
+def _run_composed(command: Command, config: Any) -> None:
     """What hydra.main does with a configuration, once it has composed it."""
     from hydra._internal.callbacks import Callbacks
     from hydra.core.utils import JobRuntime, run_job, setup_globals
@@ -122,53 +238,27 @@ def _run(job: _Job, config: Any) -> None:
     setup_globals()
     JobRuntime.instance().set("name", config.hydra.job.name)
     context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
-    _ = run_job(job, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context).return_value
+    _ = run_job(command, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context).return_value
 
 
-def for_another_process(files: ConfigFiles, config: Any) -> Any:
+def for_another_process(verb: str, config: Any) -> Any:
     """A composed run's configuration, checked, for the process that shall be that run.
 
     Returns:
         None where its own command shall compose it, because it has something to refuse.
     """
     from omegaconf import OmegaConf, open_dict, read_write
+    from omegaconf.errors import InterpolationResolutionError
 
     try:
-        _check(files, config)
+        with contextlib.suppress(InterpolationResolutionError):
+            _refuse_what_is_missing(checked_values(verb, config).get("trainer", {}))
     except UserError:
         return None
     with read_write(config.hydra), open_dict(config.hydra):
         for plugin in ("launcher", "sweeper"):  # plain values: pickle refuses classes that Hydra has imported anew
             config.hydra[plugin] = OmegaConf.to_container(config.hydra[plugin])
     return config
-
-
-def _check(files: ConfigFiles, config: Any) -> None:
-    from omegaconf.errors import InterpolationResolutionError
-
-    with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only inside of Hydra's run
-        values = files.checked_values(config, config.hydra.runtime.choices)
-        _refuse_what_is_missing(values.get("trainer", {}))
-
-
-def help_text(verb: str, overrides: list[str]) -> str:
-    """The configuration's YAML files with their comments; of the groups, the files that ``overrides`` choose."""
-    import yaml
-
-    text = (CONF / f"{verb}.yaml").read_text(encoding="utf-8")
-    chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
-    parts = [text.rstrip()]
-    defaults = yaml.safe_load(text)["defaults"]
-    parts += [f"# ---- {name}\n\n{help_text(name, overrides)}" for name in defaults if name == "train"]
-    groups = [entry for entry in defaults if isinstance(entry, dict)]
-    for group, default in (pair for entry in groups for pair in entry.items() if not pair[0].startswith("override")):
-        option = chosen.get(group, default)
-        options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
-        parts.append(f"# ---- {group}: {option or 'none'}  (there are {options})")
-        if (path := CONF / group / f"{option}.yaml").is_file():
-            body = path.read_text(encoding="utf-8").rstrip()
-            parts.append(body if group == "experiment" else f"{group}:\n  " + body.replace("\n", "\n  "))
-    return "\n\n".join(parts)
 
 
 @contextlib.contextmanager
@@ -193,86 +283,15 @@ def loading(what: str) -> Iterator[None]:
             gc.enable()
 
 
-def _only_shows(flags: Any) -> bool:
-    return bool(flags.cfg or flags.info or flags.hydra_help or flags.shell_completion or flags.experimental_rerun)
-
-
-def hand_over(arguments: list[str], flags: Any, overrides: list[str]) -> None:
-    """Let Hydra find these overrides on the command line, where it wants them side by side."""
-    sys.argv[1:] = [*(argument for argument in arguments if argument not in flags.overrides), *overrides]
-
-
-def _prepare_all(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tuple[list[str], dict[str, Any] | None]:
-    """``_prepare`` in one of several processes, too."""
-    if not run_folder or not ranks.is_started_by_another():
-        ranks.tell_children()
-        return _prepare(files, overrides, run_folder)
-    ranks.end_with_parent()
-
-    def prepare(overrides: list[str]) -> tuple[list[str], dict[str, Any] | None]:
-        numbered = ranks.with_torchruns_numbers(overrides) if ranks.by_torchrun() else overrides
-        return _prepare(files, numbered, run_folder)
-
-    prepared, continued = ranks.prepared_by_first(overrides, prepare) if ranks.by_torchrun() else prepare(overrides)
-    return prepared if ranks.is_first() else [*prepared, *ranks.QUIET], continued
-
-
-def _prepare(files: ConfigFiles, overrides: list[str], run_folder: bool) -> tuple[list[str], dict[str, Any] | None]:
-    """Check the command line and claim the run's folder, all before Hydra starts.
-
-    Returns:
-        What to call Hydra with; and the configuration of the run that goes on, if one does.
-    """
-    config = files.compose(overrides)
-    if str(config.hydra.mode) == "RunMode.MULTIRUN":
-        raise UserError("hydra.mode is MULTIRUN: a sweep is asked for with -m")
-    if config.get("resume") and run_folder:
-        return _prepare_resume(files, overrides, config)
-    _check(files, config)
-    if not run_folder or not ranks.is_first():  # the first one has the folder already
-        return overrides, None
-    folder = claimed(overrides, "hydra.run.dir", config.hydra.run.dir)
-    if runs.contains_run(folder):
-        raise UserError(
-            f"{folder} holds a run already: choose another hydra.run.dir, or go on with it: resume={folder}"
-        )
-    return [*overrides, quoted(f"hydra.run.dir={folder}")], None
-
-
-def claimed(overrides: list[str], key: str, value: str | None) -> Path:
-    """The folder that ``key`` names, made if it is not there; if it was not named, one that nobody else has."""
+def claimed(key: str, value: str | None, typed: bool) -> Path:
+    """The folder ``value`` of ``key``, made if it is not there; if it was not typed, one that nobody else has."""
     if not value:
         raise UserError(f"{key}= is empty: give it a folder, or leave it out")
     folder = Path(value)
-    if not any(override.startswith(f"{key}=") for override in overrides):
+    if not typed:
         return runs.claim(folder)
     runs.make_folder(folder)
     return folder
-
-
-def _prepare_resume(files: ConfigFiles, overrides: list[str], config: Any) -> tuple[list[str], dict[str, Any]]:
-    """The same for a run that goes on in its own folder, with its own configuration."""
-    from mnist_lit.cli import resume
-
-    if ranks.is_first() and any(override.startswith("hydra.run.dir=") for override in overrides):
-        raise UserError("resume= goes on in the run's own folder: leave out hydra.run.dir")
-    values, choices = files.checked_values(config, config.hydra.runtime.choices), config.hydra.runtime.choices
-    run = resume.find(values["resume"], files.outputs_folder())
-    # Typed: named by an override, or set by a group that was chosen.
-    unchanged, new = flatten(files.defaults({})), flatten(values)
-    named = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
-    typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
-    continued = resume.continued(run, values, typed)
-    # Which network, optimizer and loggers it has is said by the run, not by this command's choices.
-    check(
-        continued,
-        files.defaults(choices) | {section: continued[section] for section in ("model", "optimizer", "logger")},
-    )
-    _refuse_what_is_missing(continued["trainer"])
-    kept = [override for override in overrides if ranks.key(override) not in ranks.FOLDER_KEYS]
-    # The path itself, for further processes of this run: by then something else may be the latest.
-    where = [quoted(f"resume={run.start}"), quoted(f"hydra.run.dir={run.folder}"), "hydra.output_subdir=null"]
-    return [*kept, *where], continued
 
 
 def _refuse_what_is_missing(trainer: dict[str, Any]) -> None:

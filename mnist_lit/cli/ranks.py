@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from mnist_lit import UserError
+from mnist_lit.cli.config import key_of
+
+T = TypeVar("T")
 
 PARENT = "MNIST_LIT_PARENT"  # the environment's variable with the number of the run's first process
-FOLDER_KEYS = ("resume", "hydra.run.dir")  # what the first process decides for all
-# The run's folder, its .hydra and its log are the first process's; the others only say what is wrong.
-QUIET = ("hydra/job_logging=further_process", "hydra.output_subdir=null")
 LONGEST_PREPARATION = timedelta(minutes=5)
 GRACE = 20  # seconds that a process has to end by itself, once the one that has started it is gone
 FIRST_SAYS_IT = 3  # seconds in which the first process can say what concerns all, and end the others
@@ -44,54 +44,46 @@ def is_first() -> bool:
     return os.environ.get("RANK" if by_torchrun() else "LOCAL_RANK", "0") == "0"
 
 
-def key(override: str) -> str:
-    return override.split("=", 1)[0]
-
-
-def with_torchruns_numbers(overrides: list[str]) -> list[str]:
-    """``overrides`` with as many devices and machines as torchrun has started processes for.
+def take_torchruns_numbers(config: Any) -> None:
+    """Set as many devices and nodes in ``config`` as torchrun has started processes for.
 
     Without them Lightning would train as many times as there are processes, each on its own.
 
     Raises:
-        UserError: Other numbers were asked for, or the machines have different numbers of processes.
+        UserError: Other numbers were asked for, or the nodes have different numbers of processes.
     """
-    devices, machines, processes = (os.environ[f"{of}WORLD_SIZE"] for of in ("LOCAL_", "GROUP_", ""))
-    if int(devices) * int(machines) != int(processes):
-        raise UserError(f"torchrun has started {processes} processes on {machines} machines: give each equally many")
-    started = {"trainer.devices": devices, "trainer.num_nodes": machines}
-    for override in overrides:
-        if override.partition("=")[2] not in ("auto", started.get(key(override), "auto")) and key(override) in started:
-            raise UserError(
-                f"{override}: torchrun has started {devices} processes on each of {machines} machines; leave it out"
-            )
-    return [*(each for each in overrides if key(each) not in started), *(f"{k}={v}" for k, v in started.items())]
+    devices, nodes, processes = (int(os.environ[f"{of}WORLD_SIZE"]) for of in ("LOCAL_", "GROUP_", ""))
+    if devices * nodes != processes:
+        raise UserError(f"torchrun has started {processes} processes on {nodes} nodes: give each equally many")
+    for key, started in (("trainer.devices", devices), ("trainer.num_nodes", nodes)):
+        for override in config.hydra.overrides.task:
+            if key_of(override) == key and override.partition("=")[2] not in ("auto", str(started)):
+                raise UserError(
+                    f"{override}: torchrun has started {devices} processes on each of {nodes} nodes; leave it out"
+                )
+    config.trainer.devices, config.trainer.num_nodes = devices, nodes
 
 
-def prepared_by_first(overrides: list[str], prepare: Callable[[list[str]], tuple[list[str], Any]]) -> Any:
-    """What ``prepare(overrides)`` gives, under torchrun: the first process claims the folder, the others take that.
-
-    Args:
-        prepare: Gives the overrides that name the folder, among others, as the first of two values.
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """What ``decide()`` gives in the first of torchrun's processes, in all of them. It must be JSON's.
 
     Raises:
-        UserError: ``prepare`` does.
+        UserError: ``decide`` does.
         SystemExit: It did in the first process, which says so.
     """
     store = _store()
-    name = f"mnist_lit/folder/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    name = f"mnist_lit/decided/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     if is_first():
-        published: list[str] | None = None
+        decided = None
         try:
-            prepared = prepare(overrides)
-            published = [override for override in prepared[0] if key(override) in FOLDER_KEYS]
+            decided = decide()
         finally:
-            store.set(name, json.dumps(published))
-        return prepared
-    published = json.loads(store.get(name))
+            store.set(name, json.dumps(decided))
+        return decided
+    published: T | None = json.loads(store.get(name))
     if published is None:
         sys.exit(1)
-    return prepare([*(override for override in overrides if key(override) not in FOLDER_KEYS), *published])
+    return published
 
 
 @cache  # where it is the first process's, it closes with the last reference, and the others may not have read it yet
@@ -122,7 +114,7 @@ def end_with_parent() -> None:
 
 
 @contextmanager
-def loss_as_refusal(resume_hint: Callable[[], str]) -> Iterator[None]:
+def loss_as_user_error(resume_hint: Callable[[], str]) -> Iterator[None]:
     """In this block a lost connection to another process of the run comes out as one sentence.
 
     Args:

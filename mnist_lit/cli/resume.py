@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from mnist_lit import UserError
-from mnist_lit.cli.configuration import flatten
+from mnist_lit.cli.config import ConfigFiles, flatten
 from mnist_lit.storage import runs
-from mnist_lit.storage.checkpoint_file import corruption
+from mnist_lit.storage.checkpoint_file import corruption, with_current_names
 
 # What may change without making it another run: where the data are (their checksum is compared), what is shown and
 # recorded, and what it runs on, though with another device or another number of threads the bits will differ.
@@ -36,18 +36,19 @@ class Run:
     config: dict[str, Any]
 
 
-def find(wanted: str, outputs: Path) -> Run:
+def find(wanted: str, outputs: Path | None = None) -> Run:
     """The run that ``resume=`` means.
 
     Args:
         wanted: ``latest``, a run's folder, or a checkpoint in one.
-        outputs: The folder with the runs, for ``latest``.
+        outputs: The folder with the runs, for ``latest``; None for that of ``conf/train.yaml``.
 
     Raises:
         UserError: There is no such run, or its checkpoint is damaged; then the message names the newest whole one.
     """
     path = Path(wanted)
     if wanted == "latest" and not path.exists():
+        outputs = outputs or ConfigFiles("train").outputs_folder()
         begun = runs.newest_first(outputs)
         if not begun:
             raise UserError(f"resume=latest: there is no run in {outputs}")
@@ -58,6 +59,7 @@ def find(wanted: str, outputs: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config |= {section: with_current_names(config[section]) for section in ("model", "optimizer")}
     if path.is_file():
         if path.name == Path(runs.BEST).name:  # it is from within a validation, where Lightning cannot go on exactly
             raise UserError(f"resume={wanted}: the best weights are to be tested, not gone on with: resume={folder}")

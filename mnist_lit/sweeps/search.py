@@ -18,7 +18,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli import job, launch
-from mnist_lit.cli.configuration import ConfigFiles, as_overrides, quoted
+from mnist_lit.cli.config import ConfigFiles, as_overrides, quoted
 from mnist_lit.storage import runs
 from mnist_lit.sweeps import tune_report
 from mnist_lit.sweeps.study import GRACE
@@ -140,7 +140,9 @@ class Search:
         overrides = [*self.overrides, *as_overrides(values), *where]
         folders = [f"--config-dir={self.files.user_folder}"] if self.files.user_folder else []
         composed = self._composed(overrides)
-        ended = job.run("train", [*overrides, *folders], quiet=True, look=look, threads=threads, composed=composed)
+        ended = job.run(
+            "train", [*overrides, *folders], quiet=True, should_stop=look, threads=threads, composed=composed
+        )
         hopeless = curve.should_prune()
         if ended.code != 0 and not self.stop.is_set() and hopeless:
             raise optuna.TrialPruned(f"after epoch {curve.epoch}")
@@ -158,8 +160,8 @@ class Search:
 
     def _composed(self, overrides: Sequence[str]) -> Any:
         """A trial's configuration; None where its own command shall compose it, for it has something to refuse."""
-        with self.composing, contextlib.suppress(UserError), self.files.errors_as_refusals(overrides):
-            return launch.for_another_process(self.files, self.files.compose(overrides))
+        with self.composing, contextlib.suppress(UserError), self.files.errors_as_user_errors(overrides):
+            return launch.for_another_process("train", self.files.compose(overrides))
         return None
 
     def _refuse_surplus(self, trial: Any) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import UserError
-from mnist_lit.cli.configuration import ConfigFiles, flatten, plain_values, suggestion
+from mnist_lit.cli.config import ConfigFiles, flatten, plain_values
+from mnist_lit.cli.errors import suggestion
 
 HEARTBEAT, GRACE = 5, 15  # seconds between two signs of life of a trial, and after which it is taken for dead
 
@@ -23,7 +24,7 @@ def distributions(
     Raises:
         UserError: A key that train does not have or that was given a value, or a range that is none.
     """
-    with files.errors_as_refusals(overrides):
+    with files.errors_as_user_errors(overrides):
         known = flatten(plain_values(files.compose(overrides), resolve=False))
     ranges: dict[str, dict[str, Any]] = {}
     for path, value in flatten(space).items():

@@ -7,30 +7,16 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from hydra.experimental.callback import Callback
 
 from mnist_lit.cli.resume import may_change
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
-from mnist_lit.sweeps.sweep import Job, differing, identity, read_jobs, title
+from mnist_lit.sweeps.jobs import Job, differing, identity, read_jobs, title
 
 log = logging.getLogger("mnist_lit.sweeps.sweep")
 
-FIGURES = ("val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss")
 NOT_RANKED = "data.val_size=0 holds no images out to select by, and the test images select nothing: not ranked"
-
-
-class Summary(Callback):
-    """Hydra calls it before and after a sweep."""
-
-    def on_multirun_start(self, config: Any, **_: Any) -> None:
-        if not all(job.config["data.val_size"] for job in read_jobs(Path(config.hydra.sweep.dir))):
-            log.warning(NOT_RANKED)
-
-    def on_multirun_end(self, config: Any, **_: Any) -> None:
-        summarize(Path(config.hydra.sweep.dir))
+FIGURES = ("val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss")
 
 
 @dataclass

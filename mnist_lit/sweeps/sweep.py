@@ -5,7 +5,6 @@ job can end another one, and a killed launcher leaves jobs behind that the same 
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -13,117 +12,83 @@ import signal
 import socket
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mnist_lit import Interrupted, UserError
 from mnist_lit.cli import job, launch, resume
-from mnist_lit.cli.configuration import ConfigFiles, flatten, plain_values, quoted
+from mnist_lit.cli.config import CONF, ConfigFiles, flatten, key_of, plain_values, quoted
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
+from mnist_lit.sweeps.jobs import Job, differing, identity, read_jobs, title
+from mnist_lit.sweeps.summary import NOT_RANKED, summarize
 
 log = logging.getLogger("mnist_lit.sweeps.sweep")
 
 QUOTES = "'\""
-FILE = "job.json"  # in a job's folder: what it was asked, and how it ended
 # Where the jobs run and what the folders are called is the sweep's affair; each job has a folder of its own.
 OF_THE_SWEEP = re.compile(r"[+~]*hydra(/launcher|/sweeper|\.(launcher|sweeper|sweep|run|mode|job_logging|callbacks)\b)")
 
 
-@dataclass
-class Job:
-    """One job of a sweep, as ``job.json`` in its folder has it.
+def asked_jobs(files: ConfigFiles, overrides: Sequence[str]) -> list[Job]:
+    """The jobs that a sweep asks for, without folders.
 
-    Attributes:
-        folder: Its folder; not in the file.
-        overrides: What was changed for it, key by key.
-        config: The whole configuration that this gives, flat.
-        swept: The keys that its sweep has several values of.
-        status: waiting, running, finished, failed or stopped.
-        reason: Why it failed, or empty.
-        seconds: How long its process took, the start included.
+    Raises:
+        UserError: Another sweeper was chosen.
     """
-
-    folder: Path
-    overrides: dict[str, str]
-    config: dict[str, Any] = field(repr=False)
-    swept: list[str]
-    status: str = "waiting"
-    reason: str = ""
-    seconds: float = 0.0
-
-    @classmethod
-    def read(cls, folder: Path) -> "Job":
-        job = cls(folder, **json.loads((folder / FILE).read_text(encoding="utf-8")))
-        if job.results:  # perhaps it was all done when the sweep was killed
-            job.status, job.reason = "finished", ""
-        return job
-
-    def write(self) -> None:
-        content = {key: value for key, value in asdict(self).items() if key != "folder"}
-        atomic_write(
-            self.folder / FILE, (json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n").encode()
-        )
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """What ``metrics.json`` has: empty as long as the job has not ended well."""
-        path = self.folder / "metrics.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    lists = sweep_jobs(files, overrides)
+    asked = [dict(override.split("=", 1) for override in each) for each in lists]
+    swept = [key for key in asked[0] if len({each[key] for each in asked}) > 1]
+    configs = [flatten(plain_values(files.compose(each), resolve=False)) for each in lists]
+    return [Job(Path(), own, config, swept) for own, config in zip(asked, configs, strict=True)]
 
 
-def differing(jobs: Sequence[Job]) -> list[str]:
-    """The keys by whose values the jobs differ, in the order of the command line."""
-    keys = {key: None for job in jobs for key in job.overrides}
-    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
-
-
-def title(overrides: dict[str, str], keys: Sequence[str]) -> str:
-    """ "optimizer.lr=0.3 seed=1", of these keys."""
-    return " ".join(f"{key}={overrides[key]}" for key in keys if key in overrides) or "as configured"
-
-
-def read_jobs(folder: Path) -> list[Job]:
-    """All jobs that a sweep's folder has."""
-    return [Job.read(path.parent) for path in sorted(folder.glob(f"*/{FILE}"))]
-
-
-def plan(files: ConfigFiles, overrides: Sequence[str], folder: Path) -> list[Job]:
+def plan(asked: Sequence[Job], folder: Path) -> list[Job]:
     """The jobs of a sweep, each with its folder: the one that was asked the same before, or a new one.
 
     Raises:
-        UserError: ``folder`` holds a single run, or another sweeper was chosen.
+        UserError: ``folder`` holds a single run.
     """
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run, not a sweep: choose another hydra.sweep.dir")
-    lists = files.sweep_jobs(overrides)
-    asked = [dict(override.split("=", 1) for override in each) for each in lists]
-    swept = [key for key in asked[0] if len({each[key] for each in asked}) > 1]
-    configs = [
-        flatten(plain_values(files.compose(each), resolve=False)) for each in lists
-    ]  # all, before a folder is made
     folder = folder.absolute()  # jobs may run in processes that are elsewhere
-    known = {identity(job.config, swept): job for job in read_jobs(folder)}
+    known = {identity(job.config, asked[0].swept): job for job in read_jobs(folder)}
     jobs: list[Job] = []
-    for own, config in zip(asked, configs, strict=True):
-        mine = known.setdefault(identity(config, swept), Job(Path(), own, config, swept))
+    for new in asked:
+        mine = known.setdefault(identity(new.config, new.swept), new)
         if not mine.folder.name:
-            mine.folder = runs.claim(folder / _name(own, swept))
+            mine.folder = runs.claim(folder / _name(new.overrides, new.swept))
         if not mine.results:  # what does not make it another job, such as where the data are, may have been put right
-            mine.overrides, mine.config, mine.swept = own, config, swept
+            mine.overrides, mine.config, mine.swept = new.overrides, new.config, new.swept
             mine.write()
         jobs.append(mine)
     return jobs
 
 
-def identity(config: dict[str, Any], swept: Iterable[str]) -> str:
-    """What makes a job another one than those with other configurations: all but where it runs and where the data are,
-    which do not change its results. What is swept over, or which data they are, always does."""
-    keys = [key.lstrip("+~") for key in swept] + ["data.source"]
-    free = [each for each in resume.MAY_CHANGE if not any(key == each or key.startswith(f"{each}.") for key in keys)]
-    decisive = {key: value for key, value in config.items() if not resume.may_change(key, free)}
-    return json.dumps(decisive, sort_keys=True, default=str)
+def sweep_jobs(files: ConfigFiles, overrides: Iterable[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep without Hydra's own, as Hydra's basic sweeper makes them, in its order.
+
+    Raises:
+        UserError: Another sweeper was chosen.
+    """
+    import hydra
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    inside = GlobalHydra.instance().is_initialized()
+    there = contextlib.nullcontext() if inside else hydra.initialize_config_dir(str(CONF), version_base="1.3")
+    with there:
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        parsed = parser.parse_overrides([*overrides])
+        fixed = [each.input_line for each in parsed if not each.is_sweep_override() and each.input_line]
+        sweeper = files.compose(fixed).hydra.sweeper
+        if not sweeper._target_.endswith(".BasicSweeper"):
+            raise UserError("hydra/sweeper: a sweep is a grid here; python -m mnist_lit.tune searches")
+        params = parser.parse_overrides([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
+        own = [each for each in parsed if not each.key_or_group.startswith(("hydra.", "hydra/"))]
+        (jobs,) = BasicSweeper.split_arguments([*params, *own], max_batch_size=None)
+    return jobs
 
 
 def _name(overrides: dict[str, str], swept: Sequence[str]) -> str:
@@ -139,31 +104,30 @@ def _name(overrides: dict[str, str], swept: Sequence[str]) -> str:
 class Sweep:
     """What Hydra's launcher calls, perhaps in another process or on another machine, with each job's configuration.
 
-    Args:
-        files: What the jobs' configurations are composed from.
+    Attributes:
         jobs: By their numbers.
+        keys: Those by whose values the jobs differ.
         for_each: Arguments for each job's command besides its overrides.
         output_subdir: ``hydra.output_subdir`` of each job.
         quiet: Whether jobs run side by side, so that what they say would be a muddle.
     """
 
-    def __init__(
-        self,
-        verb: str,
-        files: ConfigFiles,
-        jobs: list[Job],
-        for_each: list[str],
-        output_subdir: str | None,
-        quiet: bool,
-    ) -> None:
-        self.verb, self.files, self.jobs, self.for_each, self.quiet = verb, files, jobs, for_each, quiet
-        self.output_subdir = output_subdir
-        self.keys = differing(jobs)
+    output_subdir: str | None = None
+    quiet = False
+
+    def __init__(self, verb: str, files: ConfigFiles) -> None:
+        self.verb, self.files = verb, files
+        self.jobs: list[Job] = []
+        self.keys: list[str] = []
+        self.for_each: list[str] = []
+        self.tracebacks = launch.tracebacks
         self.cwd, self.host, self.process = Path.cwd(), socket.gethostname(), os.getpid()
 
     def __call__(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
+        launch.tracebacks = self.tracebacks
+        launch.show_tracebacks_as_asked()
         if os.getppid() == self.process:  # joblib's processes would wait for ever for one that was killed
             job.end_with(self.process)
         number = HydraConfig.get().job.num
@@ -183,7 +147,7 @@ class Sweep:
         mine.write()
         try:
             arguments, composed = self._arguments(mine), self._composed(mine, config)
-            ended = job.run(self.verb, arguments, self.cwd, self.quiet, look=self._is_over, composed=composed)
+            ended = job.run(self.verb, arguments, self.cwd, self.quiet, should_stop=self._is_over, composed=composed)
             finished = ended.code == 0 and bool(mine.results)
             mine.status = "finished" if finished else "failed"
             mine.reason = (
@@ -227,7 +191,7 @@ class Sweep:
         with read_write(config.hydra):
             config.hydra.mode, config.hydra.output_subdir = RunMode.RUN, self.output_subdir
             config.hydra.run.dir = str(mine.folder)
-        return launch.for_another_process(self.files, config)
+        return launch.for_another_process(self.verb, config)
 
     def _is_over(self) -> bool:
         """Whether the process that runs the sweep is gone; known only on the same machine."""
@@ -240,53 +204,73 @@ class Sweep:
         return False
 
 
-def run(verb: str, files: ConfigFiles, flags: Any, arguments: list[str], hydra_main: Any) -> None:
-    """Plan the jobs of a sweep, have Hydra's launcher run them, and say at the end which have failed.
+def run(verb: str, files: ConfigFiles, flags: Any, hydra_main: Any) -> None:
+    """Have Hydra run a sweep, and say at the end which jobs have failed.
 
     Raises:
-        UserError: A job cannot be composed, this command makes no sweeps, or jobs have failed.
+        UserError: A job cannot be composed, or jobs have failed.
     """
-    overrides: list[str] = flags.overrides
-    hydras = [override for override in overrides if override.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    config = files.compose([*files.sweep_jobs(overrides)[0], *hydras])
-    if config.get("resume"):
-        raise UserError("resume= goes on with one run: leave out -m (a sweep goes on with its hydra.sweep.dir=)")
-    if any(override.startswith("hydra.sweep.subdir=") for override in hydras):
-        raise UserError("hydra.sweep.subdir: a job's folder has the name of what was changed for it")
-    job.find_package()  # a launcher's process may start elsewhere
-    job.warm_up()
-    folder = launch.claimed(overrides, "hydra.sweep.dir", config.hydra.sweep.dir)
-    with runs.locked(folder):
-        try:
-            jobs = plan(files, overrides, folder)
-        except Exception:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing is in it
-            raise
-        for_each = [override for override in hydras if not OF_THE_SWEEP.match(override)] + ["hydra.mode=RUN"]
-        for_each += [f"--config-name={flags.config_name}"] if flags.config_name else []
-        for_each += [f"--config-dir={flags.config_dir}"] if flags.config_dir else []
-        side_by_side = not config.hydra.launcher._target_.endswith(".BasicLauncher")
-        task = Sweep(verb, files, jobs, for_each, config.hydra.output_subdir, quiet=side_by_side)
-        # No .hydra in the sweep's folder: each job has its own.
-        launch.hand_over(
-            arguments, flags, [*overrides, quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"]
-        )
+    with contextlib.ExitStack() as stack:
+        launch.current = command = SweepCommand(verb, files, flags, stack)
         signal.signal(signal.SIGTERM, _stopped)
-        again = f"{runs.display_path(folder.absolute())}; the same command with hydra.sweep.dir={folder} runs what is missing"
         try:
-            hydra_main(task)()
+            hydra_main(command.task)()
         except KeyboardInterrupt as error:
-            raise Interrupted(signal.SIGINT, f"stopped by Ctrl-C; the sweep is in {again}") from error
+            raise Interrupted(signal.SIGINT, f"stopped by Ctrl-C{command.again}") from error
         except Interrupted as stopped:
-            raise Interrupted(stopped.signal, f"stopped by SIGTERM; the sweep is in {again}") from stopped
+            raise Interrupted(stopped.signal, f"stopped by SIGTERM{command.again}") from stopped
         except Exception as error:
-            log.debug("the launcher failed", exc_info=True)
-            raise UserError(
-                f"the launcher failed ({type(error).__name__}: {error}); the sweep is in {again}"
-            ) from error
-    if failed := sum(not job.results for job in jobs):
-        raise UserError(f"{failed} of {len(jobs)} jobs failed; the sweep is in {again}")
+            if not command.task.jobs:  # not begun
+                raise
+            raise UserError(f"the launcher failed ({type(error).__name__}: {error}){command.again}") from error
+    if failed := sum(not job.results for job in command.task.jobs):
+        raise UserError(f"{failed} of {len(command.task.jobs)} jobs failed{command.again}")
+
+
+class SweepCommand:
+    """A sweep as the command of this process: plans the jobs before Hydra runs them, and sums up after.
+
+    Args:
+        stack: Holds the lock of the sweep's folder.
+    """
+
+    def __init__(self, verb: str, files: ConfigFiles, flags: Any, stack: contextlib.ExitStack) -> None:
+        self.flags, self.stack = flags, stack
+        self.task = Sweep(verb, files)
+        self.again = ""  # the end of a sentence about a sweep that has stopped
+
+    def prepare(self, config: Any) -> None:
+        from omegaconf import open_dict, read_write
+
+        own, hydras = list(config.hydra.overrides.task), list(config.hydra.overrides.hydra)
+        if config.get("resume"):
+            raise UserError("resume= goes on with one run: leave out -m (a sweep goes on with its hydra.sweep.dir=)")
+        if any(key_of(override) == "hydra.sweep.subdir" for override in hydras):
+            raise UserError("hydra.sweep.subdir: a job's folder has the name of what was changed for it")
+        job.find_package()  # a launcher's process may start elsewhere
+        job.warm_up()
+        jobs = asked_jobs(self.task.files, [*own, *hydras])  # before a folder is made
+        typed = any(key_of(override) == "hydra.sweep.dir" for override in hydras)
+        folder = launch.claimed("hydra.sweep.dir", config.hydra.sweep.dir, typed)
+        self.stack.enter_context(runs.locked(folder))
+        self.task.jobs = plan(jobs, folder)
+        shown = runs.display_path(folder.absolute())
+        self.again = f"; the sweep is in {shown}; the same command with hydra.sweep.dir={folder} runs what is missing"
+        for_each = [override for override in hydras if not OF_THE_SWEEP.match(override)] + ["hydra.mode=RUN"]
+        for_each += [f"--config-name={self.flags.config_name}"] if self.flags.config_name else []
+        for_each += [f"--config-dir={self.flags.config_dir}"] if self.flags.config_dir else []
+        self.task.for_each, self.task.output_subdir = for_each, config.hydra.output_subdir
+        self.task.quiet = not config.hydra.launcher._target_.endswith(".BasicLauncher")  # jobs run side by side
+        self.task.keys = differing(self.task.jobs)
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.sweep.dir, config.hydra.output_subdir = str(folder), None  # each job has its own .hydra
+            # From these the launcher composes the jobs.
+            config.hydra.overrides.hydra += [quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"]
+        if not all(job.config["data.val_size"] for job in self.task.jobs):
+            log.warning(NOT_RANKED)
+
+    def finish(self, config: Any) -> None:
+        summarize(Path(config.hydra.sweep.dir))
 
 
 def _stopped(number: int, frame: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mnist_lit import UserError
-from mnist_lit.cli.configuration import ConfigFiles, as_overrides, flatten, plain_values
+from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, plain_values
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
 
@@ -71,7 +71,7 @@ def experiment(trial: Any, study: str, overrides: Sequence[str], files: ConfigFi
     config = files.compose([*overrides, *as_overrides(trial.params)])
     choices = config.hydra.runtime.choices
     groups = {group: choices[group] for group in ("model", "optimizer")}
-    before = flatten(files.defaults(choices))
+    before = flatten(plain_values(files.compose([f"{group}={choice}" for group, choice in groups.items()])))
     content: dict[str, Any] = {"defaults": [{f"override /{group}": choice} for group, choice in groups.items()]}
     for key, value in flatten(plain_values(config)).items():
         *sections, name = key.split(".")

@@ -1,1 +1,7 @@
 """What training needs besides the model: the Trainer, its callbacks, checkpoints and exact resume."""
+
+from mnist_lit.training.checkpoints import Checkpoints, StopOnNaN
+from mnist_lit.training.randomness import SeedEachBatch
+from mnist_lit.training.recorder import RunRecorder
+
+__all__ = ["Checkpoints", "RunRecorder", "SeedEachBatch", "StopOnNaN"]

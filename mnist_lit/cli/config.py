@@ -1,0 +1,170 @@
+"""The configuration: composed by Hydra from ``conf/`` and overrides, checked, and handed on as plain values."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist_lit import UserError
+from mnist_lit.cli.errors import as_user_errors
+
+# Beside the package in a checkout, inside it once installed.
+CONF = next(path for base in Path(__file__).parents[1:3] if (path := base / "conf").is_dir())
+
+# Keys whose values are paths: Hydra's grammar would choke on spaces, =, commas, ~ or umlauts in them.
+PATH_KEYS = (
+    "data.dir",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "resume",
+    "ckpt",
+    "images",
+    "output",
+    "contact_sheet",
+    "source",
+    "target",
+    "storage",
+)
+
+
+def settings(verb: str, *overrides: str) -> dict[str, Any]:
+    """The configuration of a verb as plain values, to call its function with: ``train("folder", **settings("train"))``.
+
+    Args:
+        verb: The name of a file in ``conf/``.
+        overrides: As on the command line: ``"optimizer=sgd"``, ``"optimizer.lr=0.1"``.
+
+    Raises:
+        UserError: As on the command line.
+    """
+    files = ConfigFiles(verb)
+    with files.errors_as_user_errors(overrides):
+        values = checked_values(verb, files.compose([quoted(override) for override in overrides]))
+    return {key: value for key, value in values.items() if key != "debug"}  # the command line's
+
+
+def checked_values(verb: str, config: Any) -> dict[str, Any]:
+    """Everything but Hydra's part of a composed configuration, as plain values.
+
+    Raises:
+        UserError: A required value is missing, or one has a wrong type or is out of range.
+    """
+    from omegaconf import OmegaConf
+
+    from mnist_lit.cli.schema import check
+
+    if missing := OmegaConf.missing_keys(_own(config)):
+        raise UserError(f"{', '.join(f'{key}=' for key in sorted(missing))} must be given (--help shows how)")
+    values = plain_values(config)
+    check(verb, values)
+    return values
+
+
+@dataclass(frozen=True)
+class ConfigFiles:
+    """The files that a configuration is composed from: ``conf/<name>.yaml``, its groups, and a folder of the user's."""
+
+    name: str
+    user_folder: str | None = None
+
+    def compose(self, overrides: Iterable[str]) -> Any:
+        """The configuration as Hydra composes it, with Hydra's own part under ``hydra``."""
+        import hydra
+        from hydra.core.global_hydra import GlobalHydra
+
+        if GlobalHydra.instance().is_initialized():  # inside a command
+            return hydra.compose(self.name, [*overrides], return_hydra_config=True)
+        path = [f"hydra.searchpath=['file://{Path(self.user_folder).absolute()}']"] if self.user_folder else []
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=self.name):
+            return hydra.compose(self.name, [*overrides, *path], return_hydra_config=True)
+
+    @contextlib.contextmanager
+    def errors_as_user_errors(self, overrides: Iterable[str]) -> Iterator[None]:
+        """In this block what Hydra says about ``overrides`` becomes a ``UserError``, with the nearest key."""
+        with as_user_errors(lambda: self._keys(overrides)):
+            yield
+
+    def _keys(self, overrides: Iterable[str]) -> list[str]:
+        from hydra.errors import HydraException
+
+        groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"]
+        choices = [override for override in overrides if override.partition("=")[0] in groups]
+        try:
+            config = self.compose(choices)
+        except HydraException:  # a choice that does not exist, or several in a sweep
+            config = self.compose([])
+        return [*flatten(plain_values(config, resolve=False)), *groups]
+
+    def outputs_folder(self) -> Path:
+        """Where runs have their folders."""
+        return Path(self.compose([]).hydra.run.dir).parent
+
+
+def _own(config: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
+def plain_values(config: Any, resolve: bool = True) -> dict[str, Any]:
+    """Everything but Hydra's part of a composed configuration, as plain values.
+
+    Args:
+        resolve: Whether references, ``${...}``, become what they refer to.
+    """
+    from omegaconf import OmegaConf
+
+    return {str(key): value for key, value in OmegaConf.to_container(_own(config), resolve=resolve).items()}  # type: ignore
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"data": {"dir": "x"}}`` as ``{"data.dir": "x"}``."""
+    pairs: dict[str, Any] = {}
+    for key, value in values.items():
+        pairs |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return pairs
+
+
+def key_of(override: str) -> str:
+    """``optimizer.lr`` of ``+optimizer.lr=0.1``."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def absolute_paths(values: dict[str, Any], folder: str) -> dict[str, Any]:
+    """``values`` with relative paths made absolute, as if taken from ``folder``."""
+    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for key in PATH_KEYS:
+        section, _, name = key.rpartition(".")
+        place = changed.get(section, {}) if section else changed
+        if isinstance(value := place.get(name), str) and value != "latest" and "://" not in value:
+            place[name] = os.path.join(folder, os.path.expanduser(value))
+        elif isinstance(value, list):
+            place[name] = [os.path.join(folder, os.path.expanduser(each)) for each in value]
+    return changed
+
+
+def quoted(argument: str) -> str:
+    """``data.dir=a b`` as Hydra's grammar wants it, ``data.dir='a b'``; a leading ~ becomes the home folder."""
+    key, equals, value = argument.partition("=")
+    is_list = key == "images" and re.fullmatch(r"\[.*\]", value)
+    if not equals or key.lstrip("+") not in PATH_KEYS or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
+        return argument
+    return f"{key}={_in_quotes(os.path.expanduser(value))}"
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """``key=value`` as Hydra's grammar wants it, for keys as ``flatten`` names them."""
+    return [
+        f"{key}={_in_quotes(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+        for key, value in values.items()
+    ]
+
+
+def _in_quotes(value: str) -> str:
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)  # backslashes count only before a quote
+    return f"'{escaped}'"

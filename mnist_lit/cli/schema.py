@@ -1,0 +1,133 @@
+"""The types and ranges of this project's own keys.
+
+Arguments of a class (``model``, ``optimizer``, ``trainer``, ``data``, ``logger``) are checked by the class itself; here
+are only those that it would find out late. Keys that are not here are carried along as they are.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
+
+from mnist_lit import UserError
+from mnist_lit.build import must_be
+from mnist_lit.cli.errors import suggestion
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(min_length=1)]
+carries_along = with_config(ConfigDict(extra="allow"))  # what it does not know
+forbids_more = with_config(ConfigDict(extra="forbid"))
+
+
+@carries_along
+class Data(TypedDict, total=False):
+    dir: Text
+    source: Literal["auto", "mnist", "sample"]
+    batch_size: Count
+    val_size: Annotated[int, Field(ge=0, lt=60_000, strict=True)]
+
+
+@carries_along
+class Checkpoint(TypedDict, total=False):
+    every_n_epochs: Count
+    every_n_steps: Count | None
+
+
+class Verb(TypedDict, total=False):
+    debug: Switch
+
+
+@forbids_more
+class Evaluate(Verb, total=False):
+    ckpt: Text
+    data: Data
+    trainer: dict[str, Any]
+
+
+@carries_along
+class Train(Verb, total=False):
+    seed: Seed
+    data: Data
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    trainer: dict[str, Any]
+    checkpoint: Checkpoint
+    logger: dict[str, Any] | None
+    resume: Text | None
+
+
+@carries_along
+class Tune(Train, total=False):
+    n_trials: Count
+    storage: Text
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    sampler: Literal["tpe", "random"]
+    pruner: Literal["median", "none"]
+    sampler_seed: Seed | None
+    workers: Count
+    space: dict[str, Any]
+
+
+@forbids_more
+class Predict(Verb, total=False):
+    images: Text | Annotated[list[Text], Field(min_length=1)]
+    ckpt: Text
+    output: Text | None
+    preprocess: Literal["mnist", "none"]
+    contact_sheet: Text | None
+    overwrite: Switch
+
+
+@forbids_more
+class Export(Verb, total=False):
+    output: Text
+    ckpt: Text
+    data: Data
+    overwrite: Switch
+
+
+@forbids_more
+class Convert(Verb, total=False):
+    source: Text
+    target: Text
+    data_format: Literal["channels_last", "channels_first"]
+    overwrite: Switch
+
+
+@forbids_more
+class Serve(Verb, total=False):
+    ckpt: Text
+    port: Annotated[int, Field(ge=0, lt=65_536, strict=True)]
+    allow_remote: Switch
+    open_browser: Switch
+
+
+VERBS: dict[str, Any] = {
+    "train": Train,
+    "tune": Tune,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "export": Export,
+    "convert": Convert,
+    "serve": Serve,
+}
+
+
+def check(verb: str, values: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: A value has a wrong type or is out of range.
+    """
+    try:
+        TypeAdapter(VERBS[verb]).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        names = {key for cls in (Data, Checkpoint, *VERBS.values()) for key in cls.__annotations__}
+        key = ".".join(str(part) for part in first["loc"] if str(part) in names)
+        if first["type"] == "extra_forbidden":
+            key = str(first["loc"][0])
+            raise UserError(f"unknown key {key}{suggestion(key, names)}") from error
+        raise UserError(f"{key}={first['input']}: {must_be(error)}") from error

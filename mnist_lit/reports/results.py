@@ -1,0 +1,70 @@
+"""The results of a run: what ``metrics.json`` holds, and the table on the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mnist_lit.storage import runs
+from mnist_lit.storage.provenance import SAMPLE_NAME
+
+
+def training_results(recorder: Any, best_path: Path | None) -> dict[str, Any]:
+    """What a training has to say of itself.
+
+    Args:
+        recorder: Its ``RunRecorder``.
+        best_path: The checkpoint with the best weights by validation, where those are tested.
+    """
+    final = recorder.history[-1] if recorder.history else {}
+    # The first of the best, as the checkpoint callback keeps it.
+    tested = max(recorder.validations, key=lambda row: row["val/acc"]) if best_path else final
+    return {
+        **{key: final[key] for key in ("train/loss", "train/acc") if key in final},
+        **{key: tested[key] for key in ("val/loss", "val/acc") if key in tested},
+        "tested_weights": f"best (epoch {tested['epoch']})" if best_path else "final",
+        "epochs": len(recorder.history),
+        "epoch_seconds": [row["epoch_seconds"] for row in recorder.history],
+        "fit_seconds": recorder.fit_seconds,
+    }
+
+
+def results_of_finished_run(folder: Path, max_epochs: int | None) -> dict[str, Any] | None:
+    """What ``metrics.json`` has, if no more epochs are asked for than it is of."""
+    try:
+        results: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return results if results["max_epochs"] == max_epochs else None
+
+
+def training_table(results: dict[str, Any], folder: Path) -> str:
+    rows = [
+        ("train, last epoch", "train"),
+        ("validation", "val"),
+        (f"test, {results['tested_weights']} weights", "test"),
+    ]
+    lines = [f"{'':28}{'loss':>8}{'accuracy':>10}"]
+    for title, stage in rows:
+        if f"{stage}/loss" in results:
+            lines.append(f"{title:28}{results[f'{stage}/loss']:8.4f}{results[f'{stage}/acc']:10.4f}")
+    count, seconds = results["epochs"], results["fit_seconds"]
+    lines.append(f"{count} epoch{'s' * (count != 1)} in {seconds:.0f} s on {results['device']}")
+    lines.append(f"data: {_data(results)}; everything is in {runs.display_path(folder)}")
+    return "\n".join(lines)
+
+
+def test_table(results: dict[str, Any], folder: Path) -> str:
+    lines = ["digit  images  precision  recall      F1"]
+    for row in results["test/digits"]:
+        lines.append(f"{row['digit']:5}{row['images']:8}{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}")
+    lines.append("")
+    for key, title in (("loss", "loss"), ("acc", "accuracy"), ("calibration_error", "calibration error")):
+        lines.append(f"test {title:18}{results[f'test/{key}']:.4f}")
+    lines.append(f"{results['test/images']:,} images of {_data(results)}, with {results['ckpt']}")
+    lines.append(f"the report: {runs.display_path(folder)}/report.html")
+    return "\n".join(lines)
+
+
+def _data(results: dict[str, Any]) -> str:
+    name: str = results["data"]["name"]
+    return f"{name}, NOT THE FULL MNIST" if name == SAMPLE_NAME else name

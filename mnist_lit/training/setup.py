@@ -1,0 +1,194 @@
+"""What surrounds a training or a test: Lightning's Trainer from the configuration, its loggers, and what it ran on."""
+
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch import loggers
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from mnist_lit import UserError
+from mnist_lit.build import find_class, instantiate
+from mnist_lit.storage import runs
+from mnist_lit.training.checkpoints import AtomicCheckpointIO
+from mnist_lit.training.memory import keep_freed_memory, peak_memory_bytes
+from mnist_lit.training.progress import ProgressBar
+
+__all__ = ["build_trainer", "conditions", "keep_freed_memory", "log_above_progress_bar", "log_header", "prepare_data"]
+
+log = logging.getLogger("mnist_lit.train")
+
+
+def build_trainer(
+    folder: Path,
+    arguments: dict[str, Any],
+    logger: dict[str, dict[str, Any]] | None,
+    callbacks: list[L.Callback],
+    datamodule: Any,
+    resumed: bool = False,
+) -> L.Trainer:
+    """A Trainer that writes into ``folder`` and shows a bar on a terminal.
+
+    Args:
+        arguments: The section ``trainer`` of the configuration.
+        logger: Each chosen logger's name with its class and arguments.
+        datamodule: What it will train or test on; without a validation split it does not validate.
+        resumed: Whether a run in this folder goes on.
+
+    Raises:
+        UserError: Lightning does not take an argument, or this machine lacks the device or a logger's package.
+    """
+    tidy_messages()
+    shows_bar = arguments.get("enable_progress_bar", True) and sys.stdout.isatty()
+    no_validation = {"limit_val_batches": 0, "val_check_interval": None, "check_val_every_n_epoch": 1}
+    changed = {
+        **arguments,
+        **({} if getattr(datamodule, "val_size", True) else no_validation),
+        "enable_progress_bar": shows_bar,
+        "enable_model_summary": False,  # ``log_header`` has it
+        "enable_checkpointing": True,  # Lightning wants this where a callback could write one
+    }
+    try:
+        trainer = instantiate(
+            "trainer",
+            changed,
+            L.Trainer,
+            plugins=[AtomicCheckpointIO()],
+            callbacks=[TerminateOtherRanks(), *callbacks, *([ProgressBar()] if shows_bar else [])],
+            logger=[_logger(name, options, folder, resumed) for name, options in (logger or {}).items()],
+            default_root_dir=folder,
+            use_distributed_sampler=False,  # the loaders share a batch out among the processes themselves
+        )
+    except UserError as error:
+        if arguments.get("accelerator") not in ("gpu", "cuda", "mps", "tpu"):
+            raise
+        asked = f"trainer.accelerator={arguments['accelerator']} trainer.devices={arguments.get('devices', 'auto')}"
+        raise UserError(
+            f"{asked} is more than this machine has; trainer.accelerator=auto takes what there is ({error})"
+        ) from error
+    cores = os.cpu_count() or 1
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
+        raise UserError(f"trainer.devices={arguments['devices']}: this machine has {cores} CPU cores to share out")
+    return trainer
+
+
+class TerminateOtherRanks(L.Callback):
+    """When this process fails, ends those that Lightning has started from it: they would only find that it is gone."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        started = getattr(trainer.strategy.launcher, "procs", [])
+        others = started[:]
+        started.clear()  # Lightning's observer looks at this list, and would kill this process for one of them
+        for process in others:
+            process.kill()
+            process.wait()
+
+
+def prepare_data(
+    trainer: L.Trainer, data: Any, arguments: dict[str, Any], stages: Sequence[str] = ("train", "val", "test")
+) -> None:
+    """Set the data up, and refuse what Lightning would find out in the middle of a run, or not at all.
+
+    Args:
+        arguments: The section ``trainer`` of the configuration.
+        stages: What the data will be used for.
+
+    Raises:
+        UserError: The data are missing or damaged; a fraction of the batches selects none; a validation after more
+            batches than there are; or a batch that the processes cannot share equally.
+    """
+    data.prepare_data()
+    data.setup()
+    for stage in stages:
+        batches, limit = math.ceil(data.facts[stage] / data.batch_size), arguments.get(f"limit_{stage}_batches")
+        if isinstance(limit, float) and batches and int(batches * limit) == 0 < limit:
+            raise UserError(f"trainer.limit_{stage}_batches={limit}: selects no batch (there are {batches})")
+    if "train" not in stages:
+        return
+    count, processes, interval = data.facts["train"], trainer.world_size, arguments.get("val_check_interval")
+    batches = math.ceil(count / data.batch_size)
+    if isinstance(interval, int) and interval > batches and arguments.get("check_val_every_n_epoch", 1) is not None:
+        raise UserError(f"trainer.val_check_interval={interval}: an epoch has only {batches} batches")
+    if data.batch_size % processes or count % data.batch_size % processes:
+        raise UserError(
+            f"data.batch_size={data.batch_size}: each batch of the {count:,} training images, the last one too, must "
+            f"divide equally among the {processes} processes"
+        )
+
+
+def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str, Any], resume: Any) -> None:
+    """Say what is trained on what, and give the loggers the configuration."""
+    if config["trainer"].get("enable_model_summary", True):
+        parameters = sum(parameter.numel() for parameter in classifier.parameters())
+        log.info("%s\n%s parameters", classifier.network, f"{parameters:,}")
+    name, checksum = data.facts["name"], data.facts["sha256"]
+    counts = [f"{data.facts[key]:,}" for key in ("train", "val", "test")]
+    log.info("data: %s, %s images to train on, %s to validate, %s to test, sha256 %s", name, *counts, checksum[:16])
+    for logger in trainer.loggers:
+        logger.log_hyperparams({"data_name": name, "data_sha256": checksum, **config})
+    if resume:
+        where = Path(resume)
+        start = where.name if where.is_file() else "its beginning"
+        log.info("going on with %s from %s", runs.display_path(Path(trainer.default_root_dir)), start)
+
+
+def log_above_progress_bar(trainer: L.Trainer) -> AbstractContextManager[None]:
+    """In this block a line of the log goes above the progress bar, not into it."""
+    return logging_redirect_tqdm() if trainer.is_global_zero else nullcontext()  # there is one bar
+
+
+def conditions(trainer: L.Trainer, data: Any) -> dict[str, Any]:
+    """What a result depends on besides the configuration, for ``metrics.json``."""
+    device, threads = trainer.strategy.root_device, torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name += f", {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else ""
+    return {
+        "peak_memory_bytes": peak_memory_bytes(),
+        "device": f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name,
+        "precision": str(trainer.precision),
+        "data": data.facts,
+        "versions": runs.versions(),
+    }
+
+
+def tidy_messages() -> None:
+    """Every message of Lightning's once, on the terminal and in the run's log; those that say nothing, never."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are ready in memory
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # the model logs by epoch
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")  # no validation split
+    # The same layout by other numbers: a stride over the one input channel means nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning 2.6 with torch 2.15
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
+    if logging.getLogger().hasHandlers():  # set up by Hydra; Lightning's own handlers would say it a second time
+        logging.captureWarnings(True)
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("\N{ELECTRIC LIGHT BULB} Tip")
+
+
+def _logger(name: str, options: dict[str, Any], folder: Path, resumed: bool) -> Any:
+    section = f"logger.{name}"
+    if resumed and issubclass(find_class(section, options, object), loggers.CSVLogger):
+        parts = len(list(folder.glob(f"{options['name']}*"))) + 1  # it deletes what it finds in its folder
+        options = {**options, "name": f"{options['name']}_{parts}" if parts > 1 else options["name"]}
+    own = {key: value for key, value in options.items() if key != "save_dir"}
+    try:
+        kind: Any = loggers.Logger
+        return instantiate(section, own, kind, save_dir=str(folder / (options.get("save_dir") or "")))
+    except UserError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        raise UserError(f"logger={name} needs a package that is not installed: pip install {name}") from error
