@@ -50,10 +50,6 @@ SUGGEST: dict[type[BaseDistribution], Callable[..., Any]] = {
 }
 
 
-class TrialError(RuntimeError):
-    """A trial ended without a value."""
-
-
 def distributions(
     space: dict[str, Any], config: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> dict[str, BaseDistribution]:
@@ -103,7 +99,8 @@ def suggest(trial: optuna.Trial, distributions: Mapping[str, BaseDistribution]) 
 
 
 def make_sampler(name: str, seed: int | None, n_existing: int = 0) -> optuna.samplers.BaseSampler:
-    """
+    """The sampler that ``conf/tune.yaml`` calls ``name``.
+
     Args:
         n_existing: The number of trials in the study, so that a second start does not repeat the draws of the first.
     """
@@ -151,9 +148,10 @@ def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner) -> op
 
 
 def require_same_search(study: optuna.Study, config: Mapping[str, Any]) -> None:
-    """
+    """Compare ``config`` with the configuration that the study was started with.
+
     Raises:
-        UserError: The study was started with another configuration, so its trials cannot be compared with new ones.
+        UserError: They differ, so new trials could not be compared with those in the study.
     """
     new = json.loads(json.dumps(config))
     old = study.user_attrs.get("config", new)
@@ -222,14 +220,16 @@ class Search:
                 self.stop.wait(POLL_INTERVAL)
                 continue
             try:
-                self.study.optimize(self._objective, n_trials=1, catch=(TrialError,), callbacks=[self._after_trial])
+                self.study.optimize(self._objective, n_trials=1, callbacks=[self._after_trial])
             except UpdateFinishedTrialError:
                 log.warning("a trial of this process was considered dead and will be run again")
 
     def _objective(self, trial: optuna.Trial) -> float:
-        """Train with the trial's parameters; returns the best validation accuracy."""
+        """Train with the trial's parameters; returns the best validation accuracy, or NaN, which fails the trial."""
         trial.set_user_attr("started", trial.number)  # from now on there are heartbeats
-        self._drop_surplus(trial)
+        if self._is_surplus(trial):
+            trial.set_user_attr("surplus", True)
+            return math.nan
         overrides = [*self.overrides, *as_overrides(suggest(trial, self.distributions))]
         folder = runs.claim(self.folder / "trials" / str(trial.number))
         trial.set_user_attr("folder", str(folder))
@@ -263,19 +263,17 @@ class Search:
         killed = ended.code < 0 or ended.code in STOPPED
         if stopped or (killed and len(RetryHeartbeatStaleTrialCallback.retry_history(frozen)) < MAX_RETRIES):
             RetryHeartbeatStaleTrialCallback()(self.study, frozen)
-            raise TrialError("stopped or killed")
-        reason = ended.reason.removeprefix("train: ") if ended.code else "no epoch was validated"
-        trial.set_user_attr("reason", reason)
-        raise TrialError(reason)
+        else:
+            reason = ended.reason.removeprefix("train: ") if ended.code else "no epoch was validated"
+            trial.set_user_attr("reason", reason)
+        return math.nan
 
-    def _drop_surplus(self, trial: optuna.Trial) -> None:
-        """When two processes start the last trial at the same time, the one with the higher number fails."""
+    def _is_surplus(self, trial: optuna.Trial) -> bool:
+        """Whether another process started the last trial at the same time, and with a lower number."""
         trials = self.study.get_trials(deepcopy=False)
         pending = (TrialState.RUNNING, TrialState.WAITING)
-        ahead = sum(each.state in pending and each.number <= trial.number for each in trials)
-        if sum(map(counts, trials)) + ahead > self.n_trials:
-            trial.set_user_attr("surplus", True)
-            raise TrialError("surplus")
+        ahead = sum(each.state in pending and each.number < trial.number for each in trials)
+        return sum(map(counts, trials)) + ahead >= self.n_trials
 
     def _composed(self, overrides: Sequence[str]) -> Any:
         """A trial's configuration; None if it is invalid, so that the trial's own command reports it."""
