@@ -22,10 +22,10 @@ import lightning as L
 import optuna
 from scipy import stats
 
-from mnist_lit.cli.config import ConfigFiles, settings
+from mnist_lit.cli.config import flatten, settings
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import MNISTClassifier
-from mnist_lit.sweeps.study import distributions, make_pruner, make_sampler
+from mnist_lit.sweeps.search import distributions, make_pruner, make_sampler, suggest
 from mnist_lit.training import memory
 from mnist_lit.training.randomness import SeedEachBatch
 
@@ -90,12 +90,11 @@ def search(name: str, repeat: int, folder: str, data_of: dict[tuple[int, int], A
     sampler, pruner = SEARCHES[name]
     spent, budget = [0], TRIALS * EPOCHS
     study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, repeat), pruner=make_pruner(pruner))
-    draws = distributions(settings("tune")["space"], [], ConfigFiles("train"))
+    space = distributions(settings("tune")["space"], flatten(settings("train")))
 
     def objective(trial: Any) -> float:
-        values = {key: suggest(trial) for key, suggest in draws.items()}
         report = Report(trial, spent)
-        train(values, repeat, folder, data_of, report)
+        train(suggest(trial, space), repeat, folder, data_of, report)
         return report.best
 
     while spent[0] < budget:
@@ -157,7 +156,7 @@ def document(found: list[dict[str, Any]], tutorial: float) -> str:
         mean = statistics.mean(differences)
         deviation = statistics.stdev(differences)
         half = float(stats.t.ppf(0.975, len(differences) - 1)) * deviation / len(differences) ** 0.5
-        verdict = "better" if mean > half else "worse" if mean < -half else "not told apart"
+        verdict = "better" if mean > half else "worse" if mean < -half else "no significant difference"
         lines.append(
             f"- {title}: search minus random {mean:+.4f} on average, standard deviation {deviation:.4f}, "
             f"{sum(d > 0 for d in differences)} of {len(differences)} above 0; 95 % interval (Student's t, paired) "

@@ -1,6 +1,7 @@
-"""Searches: every trial is counted once whatever is killed, and what is found can be run."""
+"""Searches count each trial exactly once, whatever is killed, and the settings they find can be trained."""
 
 import csv
+import math
 import os
 import shutil
 import signal
@@ -22,19 +23,31 @@ from mnist_lit.cli.config import ConfigFiles, flatten, plain_values, settings
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
-from mnist_lit.sweeps.search import Search, TrialError, counts
-from mnist_lit.sweeps.study import distributions, make_pruner, make_sampler, open_study, require_same_search
+from mnist_lit.sweeps.search import (
+    Search,
+    counts,
+    distributions,
+    make_pruner,
+    make_sampler,
+    open_study,
+    require_same_search,
+    suggest,
+)
 
 SMALL = [
     *("data.source=sample", "data.batch_size=100", "data.val_size=200", "trainer.accelerator=cpu", "~space.data"),
     *("trainer.max_epochs=3", "trainer.limit_train_batches=3", "trainer.limit_test_batches=2"),
 ]
 
-LONG = ["trainer.max_epochs=14", "trainer.limit_train_batches=2"]  # some seconds, so that a signal comes in time
+LONG = ["trainer.max_epochs=14", "trainer.limit_train_batches=2"]  # takes seconds, so that the signal arrives first
 
 
 def sqlite(folder: Path) -> str:
     return f"sqlite:///{folder}/tune.db"
+
+
+def train_config(*overrides: str) -> dict[str, Any]:
+    return flatten(plain_values(ConfigFiles("train").compose(overrides)))
 
 
 def opened(storage: str) -> Any:
@@ -53,12 +66,12 @@ def started(command: Command) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def postgresql() -> Iterator[str]:
-    """The address of a server of its own, on loopback."""
+    """The URL of a PostgreSQL server of our own, on the loopback interface."""
     pytest.importorskip("psycopg", reason="needs the extra postgresql")
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not programs:
         pytest.skip("needs a PostgreSQL server: apt install postgresql")
-    here = Path(tempfile.mkdtemp())  # pytest's folders are closed to the server's user
+    here = Path(tempfile.mkdtemp())  # the server's user cannot read pytest's folders
     as_its_user: list[Any] = []
     if os.getuid() == 0:  # it refuses to run as root
         as_its_user = ["runuser", "-u", "postgres", "--"]
@@ -81,7 +94,7 @@ def postgresql() -> Iterator[str]:
 
 
 def trains_in(folder: Path) -> int:
-    """The id of the process that has the run's folder open."""
+    """The PID of the process that has the run's folder open."""
     (found,) = {int(path.parts[2]) for path in Path("/proc").glob("[0-9]*/fd/*") if _target(path) == str(folder)}
     return found
 
@@ -89,7 +102,7 @@ def trains_in(folder: Path) -> int:
 def _target(path: Path) -> str:
     try:
         return os.readlink(path)
-    except OSError:  # it has been closed
+    except OSError:  # closed in the meantime
         return ""
 
 
@@ -157,7 +170,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path, command: Comm
     process.send_signal(signal.SIGINT)
     ended = process.ended()
     assert ended.returncode == 130 and "Traceback" not in ended.stderr, ended.stderr
-    assert "stopped by Ctrl-C; the trials under way will be run again by the same command" in ended.stderr
+    assert "stopped by Ctrl-C; the same command continues, and runs the interrupted trials again" in ended.stderr
     study = opened(sqlite(tmp_path))
     assert "RUNNING" not in states(study)
     (waiting,) = [trial for trial in study.get_trials() if trial.state.name == "WAITING"]
@@ -171,9 +184,9 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path, command: Comm
         path.name for path in folder.iterdir()
     }
 
-    # What it found is an experiment that composes to what the best trial was run with, and runs.
+    # The best settings are an experiment that composes to the best trial's configuration, and it trains.
     best = study.best_trial
-    line = next(line for line in done.stdout.splitlines() if line.startswith("the best one again: python"))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("to train with the best settings: python"))
     again = command(
         *line.split("mnist_lit.train ")[1].split(),
         "data.source=sample",
@@ -224,7 +237,7 @@ def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path, tun
         f"storage={sqlite(tmp_path)}", "data.dir=nowhere", "data.source=mnist", "data.val_size=70", cwd=tmp_path
     )
     assert done.returncode == 1, done.stdout
-    assert done.stderr.splitlines()[-1].startswith("tune: all 3 trials failed, the last one thus: ")
+    assert done.stderr.splitlines()[-1].startswith("tune: all 3 trials failed, the last one with: ")
 
 
 @pytest.mark.parametrize(
@@ -232,16 +245,28 @@ def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path, tun
     [
         ({"optimizer": {"lrr": {"low": 0, "high": 1}}}, [], "space.optimizer.lrr: train has no key .*; did you mean"),
         ({"optimizer": {"rho": {"low": 0, "high": 1}}}, ["optimizer=sgd"], "train has no key optimizer.rho"),
-        ({"optimizer": {"lr": {"low": 1, "high": 1}}}, [], "low < high"),
-        ({"optimizer": {"lr": {"low": 0, "high": 1, "log": True}}}, [], "log: true only above 0"),
-        ({"optimizer": {"lr": {"low": 0.1}}}, [], "low < high"),
-        ({"optimizer": {"lr": {"choices": []}}}, [], "choices"),
+        ({"optimizer": {"lr": {"low": 1, "high": 1}}}, [], "space.optimizer.lr: .* low < high"),
+        ({"optimizer": {"lr": {"low": 2, "high": 1}}}, [], "space.optimizer.lr: `low <= high` must hold"),
+        ({"optimizer": {"lr": {"low": 0, "high": math.inf}}}, [], "space.optimizer.lr: .* finite bounds"),
+        ({"optimizer": {"lr": {"low": 0, "high": math.nan}}}, [], "space.optimizer.lr: .* finite bounds"),
+        ({"optimizer": {"lr": {"low": "a", "high": "b"}}}, [], "space.optimizer.lr: could not convert"),
+        ({"optimizer": {"lr": {"low": None, "high": 1}}}, [], "space.optimizer.lr: "),
+        ({"optimizer": {"lr": {"low": 0, "high": 1, "log": True}}}, [], "`low > 0` must hold for `log=True`"),
+        ({"optimizer": {"lr": {"low": 0.1}}}, [], "space.optimizer.lr: missing .* 'high'; it takes low: and high:"),
+        ({"optimizer": {"lr": {"choices": [1], "low": 0.1}}}, [], "unexpected keyword argument 'low'"),
+        ({"optimizer": {"lr": {"choices": []}}}, [], "`choices` must contain one or more elements; it takes"),
+        ({"optimizer": {"lr": {"choices": [1]}}}, [], "space.optimizer.lr: needs two choices"),
+        (
+            {"optimizer": {"lr": {"low": 1, "high": 2}}},
+            ["optimizer.lr=1"],
+            "optimizer.lr is searched and cannot be set",
+        ),
         ({}, [], "space is empty"),
     ],
 )
-def test_28_a_space_that_is_none_is_refused(space: dict, overrides: list[str], sentence: str) -> None:
+def test_28_an_invalid_search_space_is_refused(space: dict, overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        distributions(space, overrides, ConfigFiles("train"))
+        distributions(space, train_config(*overrides), overrides)
 
 
 def test_28_what_else_is_refused_before_any_trial(tmp_path: Path, tune: Any) -> None:
@@ -254,7 +279,10 @@ def test_28_what_else_is_refused_before_any_trial(tmp_path: Path, tune: Any) -> 
             "storage=postgresql+psycopg://nobody@127.0.0.1:9/x: cannot",
         ),
         (["optimizer=sgd"], "space.optimizer.rho: train has no key optimizer.rho"),
-        (["+space.optimizer.lr.step=0.1"], "space.optimizer.lr: must be"),
+        (
+            ["+space.optimizer.lr.step=0.1"],
+            "space.optimizer.lr: The parameter `step` is not supported when `log` is true",
+        ),
         (["trainer.max_epoch=3"], "unknown key trainer.max_epoch; did you mean trainer.max_epochs?"),
     ):
         done = tune(*arguments, cwd=tmp_path)
@@ -264,10 +292,12 @@ def test_28_what_else_is_refused_before_any_trial(tmp_path: Path, tune: Any) -> 
 
 def test_a_study_is_not_mixed_with_another_search(tmp_path: Path) -> None:
     study = opened(sqlite(tmp_path))
-    require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
-    require_same_search(study, "tune", {"space": {"a": 1}, "settings": {}})
-    with pytest.raises(UserError, match="study=tune was begun with other space: a was 1 and not 2"):
-        require_same_search(study, "tune", {"space": {"a": 2}, "settings": {}})
+    require_same_search(study, {"space.a": (1, 2), "seed": 0})
+    require_same_search(study, {"space.a": [1, 2], "seed": 0})
+    with pytest.raises(UserError, match="study=tune: seed was 0, is now 1; choose another study="):
+        require_same_search(study, {"space.a": (1, 2), "seed": 1})
+    with pytest.raises(UserError, match=r"space.a was \[1, 2\], is now None, space.b was None, is now 3"):
+        require_same_search(study, {"space.b": 3, "seed": 0})
 
 
 def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
@@ -275,9 +305,9 @@ def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
     search = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1)
     study.add_trial(optuna.create_trial(value=0.5))
     earlier, later = study.ask(), study.ask()
-    search._refuse_surplus(earlier)
-    with pytest.raises(TrialError, match="another process was faster"):
-        search._refuse_surplus(later)
+    assert not search._is_surplus(earlier) and search._is_surplus(later)
+    assert math.isnan(search._objective(later))
+    study.tell(later, state=optuna.trial.TrialState.FAIL)
     assert not counts(study.get_trials()[-1])
 
 
@@ -299,7 +329,7 @@ def test_every_key_of_train_is_one_of_tune() -> None:
 def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had(
     overrides: list[str], tmp_path: Path
 ) -> None:
-    from mnist_lit.sweeps.tune_report import LEFT_OUT, experiment
+    from mnist_lit.sweeps.tune_report import EXCLUDED, experiment
 
     params = {"optimizer.lr": 0.123, "model.dropout": 0.3, "data.batch_size": 250}
     trial = optuna.create_trial(value=0.99, params=params, distributions=dict.fromkeys(params, DISTRIBUTION))
@@ -308,7 +338,7 @@ def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had
 
     def decisive(files: ConfigFiles, *given: str) -> dict[str, Any]:
         values = flatten(plain_values(files.compose(given)))
-        return {key: value for key, value in values.items() if not key.startswith(LEFT_OUT)}
+        return {key: value for key, value in values.items() if not key.startswith(EXCLUDED)}
 
     had = decisive(ConfigFiles("train"), *overrides, *(f"{key}={value}" for key, value in params.items()))
     assert decisive(ConfigFiles("train", str(tmp_path)), "experiment=best") == had
@@ -317,14 +347,13 @@ def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had
 DISTRIBUTION = optuna.distributions.FloatDistribution(0, 1000) if optuna else None
 
 
-def test_whole_numbers_and_fractions_are_told_apart() -> None:
+def test_ranges_of_integers_and_of_floats() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     space = {
         "data": {"batch_size": {"low": 100, "high": 900}},
         "optimizer": {"weight_decay": {"low": 0.0, "high": 0.1}},
     }
-    draws = distributions(space, [], ConfigFiles("train"))
-    drawn = {key: suggest(study.ask()) for key, suggest in draws.items()}
+    drawn = suggest(study.ask(), distributions(space, train_config()))
     assert type(drawn["data.batch_size"]) is int and 0 < drawn["optimizer.weight_decay"] < 0.1
 
 
@@ -341,12 +370,12 @@ def test_25_a_trial_whose_process_was_killed_before_it_began_does_not_stay_runni
 
     study = opened(sqlite(tmp_path))
     never_begun, begun = study.ask(), study.ask()
-    begun.set_user_attr("begun", begun.number)
-    monkeypatch.setattr(search, "GRACE", 0.2)
+    begun.set_user_attr("started", begun.number)
+    monkeypatch.setattr(search, "GRACE_PERIOD", 0.2)
     workers = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1)
-    workers._fail_lost_trials()
+    workers._fail_stale_trials()
     assert states(study) == ["RUNNING", "RUNNING"]
     time.sleep(0.3)
-    workers._fail_lost_trials()
+    workers._fail_stale_trials()
     assert states(study) == ["FAIL", "RUNNING"]
     assert not counts(study.get_trials()[never_begun.number])

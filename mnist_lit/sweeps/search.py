@@ -1,217 +1,298 @@
-"""The trials of a search: which are due, how one runs in a process of its own, and what becomes of those that are lost.
+"""Hyperparameter search with Optuna: the study, its search space, and the workers that run its trials.
 
-A trial is counted once it has a result or has failed by its own fault; one whose process or worker was killed is run
-again. All decisions are made from the study's storage, so any number of processes and machines may make them at once.
+A trial counts towards ``n_trials`` once it has a value or has failed for a reason of its own. One whose process or worker
+was killed is queued again with the same parameters. Workers coordinate through the study's storage alone, so any number
+of processes and machines can share a study.
 """
 
 import contextlib
 import csv
+import json
 import logging
+import math
 import os
+import random
+import re
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
 from mnist_lit import UserError
 from mnist_lit.cli import job, launch
-from mnist_lit.cli.config import ConfigFiles, as_overrides, quoted
+from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, quoted
+from mnist_lit.cli.errors import suggestion
+from mnist_lit.reports.tables import short
 from mnist_lit.storage import runs
-from mnist_lit.sweeps import tune_report
-from mnist_lit.sweeps.study import GRACE
 
 log = logging.getLogger("mnist_lit.tune")
 
-LOOK = 4.0  # seconds between two looks for trials that have died
+HEARTBEAT_INTERVAL, GRACE_PERIOD = 5, 15  # seconds between heartbeats, and without one until a trial is stale
+POLL_INTERVAL = 4.0  # seconds between checks for stale trials
+MAX_RETRIES = 3  # of a trial whose process was killed
+FIRST_FAILURES = 3  # if the first trials all fail, the parameters are not to blame
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that was asked to stop
-MAX_RETRIES = 3  # of a trial whose process was killed, by the system for want of memory perhaps
-FIRST_FAILURES = 3  # after so many, and nothing else, the fault is not in the settings that were tried
+SUGGEST: dict[type[BaseDistribution], Callable[..., Any]] = {
+    CategoricalDistribution: optuna.Trial.suggest_categorical,
+    IntDistribution: optuna.Trial.suggest_int,
+    FloatDistribution: optuna.Trial.suggest_float,
+}
 
 
-class TrialError(RuntimeError):
-    """A trial has no result."""
+def distributions(
+    space: dict[str, Any], config: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> dict[str, BaseDistribution]:
+    """The ``space`` of ``conf/tune.yaml`` as Optuna's distributions.
+
+    Args:
+        config: The flat configuration of a training run.
+        overrides: The changes to it on the command line.
+
+    Raises:
+        UserError: The space is empty, a key is unknown or also overridden, or a distribution is invalid.
+    """
+    arguments: dict[str, dict[str, Any]] = {}
+    for path, value in flatten(space).items():
+        key, _, name = path.rpartition(".")
+        arguments.setdefault(key, {})[name] = value
+    if not arguments:
+        raise UserError("space is empty: there is nothing to search")
+    for key in arguments:
+        if key not in config:
+            raise UserError(
+                f"space.{key}: train has no key {key}{suggestion(key, config)}; '~space.{key}' removes it from the search"
+            )
+        if any(override.lstrip("+~").split("=")[0] == key for override in overrides):
+            raise UserError(f"{key} is searched and cannot be set; '~space.{key}' removes it from the search")
+    return {key: _distribution(key, given, config[key]) for key, given in arguments.items()}
 
 
+def _distribution(key: str, given: dict[str, Any], default: Any) -> BaseDistribution:
+    # A float key such as dropout stays a float if its bounds are integers.
+    integers = all(type(value) is int for value in (given.get("low"), given.get("high"), default))
+    kind = CategoricalDistribution if "choices" in given else IntDistribution if integers else FloatDistribution
+    try:
+        distribution: Any = kind(**given)
+        if distribution.single() or ("low" in given and not math.isfinite(distribution.high - distribution.low)):
+            raise ValueError("needs two choices, or finite bounds with low < high")
+    except (TypeError, ValueError) as error:
+        reason = str(error).rpartition("__init__() ")[2].rstrip(".")
+        allowed = "low: and high:, optionally with log: true or step:, or choices: [...]"
+        raise UserError(f"space.{key}: {reason}; it takes {allowed}, and is {given}") from error
+    return distribution
+
+
+def suggest(trial: optuna.Trial, distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    """What ``study.ask(distributions)`` does, for a trial that ``study.optimize`` has created."""
+    return {key: SUGGEST[type(each)](trial, key, **vars(each)) for key, each in distributions.items()}
+
+
+def make_sampler(name: str, seed: int | None, n_existing: int = 0) -> optuna.samplers.BaseSampler:
+    """The sampler that ``conf/tune.yaml`` calls ``name``.
+
+    Args:
+        n_existing: The number of trials in the study, so that a second start does not repeat the draws of the first.
+    """
+    seed = None if seed is None else random.Random(f"{seed} {n_existing}").getrandbits(32)
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    # constant_liar keeps trials that run at the same time apart.
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+
+
+def make_pruner(name: str) -> optuna.pruners.BasePruner:
+    if name == "none":
+        return optuna.pruners.NopPruner()
+    return optuna.pruners.MedianPruner(n_warmup_steps=2)  # the first epoch says too little
+
+
+def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+    """Create the study, or load it if it exists.
+
+    Raises:
+        UserError: The storage cannot be opened.
+    """
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for delay in (0.5, 1.0, 1.5, 2.0, None):
+        try:
+            if storage.startswith("sqlite:///"):
+                Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            database = optuna.storages.RDBStorage(
+                storage,
+                heartbeat_interval=HEARTBEAT_INTERVAL,
+                grace_period=GRACE_PERIOD,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
+            )
+            return optuna.create_study(
+                study_name=name, storage=database, pruner=pruner, direction="maximize", load_if_exists=True
+            )
+        except (SQLAlchemyError, StorageInternalError, ImportError, OSError, ValueError) as error:
+            if delay is None or not isinstance(error, DBAPIError | StorageInternalError):
+                reason = " ".join(str(error).split())
+                without_password = re.sub(r"(//[^/:@]*):[^@]*@", r"\1:***@", storage)
+                raise UserError(f"storage={without_password}: cannot be opened ({reason[:300]})") from error
+            time.sleep(delay)  # another process may be creating the tables
+    raise AssertionError("unreachable")
+
+
+def require_same_search(study: optuna.Study, config: Mapping[str, Any]) -> None:
+    """Compare ``config`` with the configuration that the study was started with.
+
+    Raises:
+        UserError: They differ, so new trials could not be compared with those in the study.
+    """
+    new = json.loads(json.dumps(config))
+    old = study.user_attrs.get("config", new)
+    study.set_user_attr("config", old)
+    changes = [f"{key} was {old.get(key)}, is now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+    if changes:
+        raise UserError(f"study={study.study_name}: {', '.join(changes)}; choose another study=")
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Whether a trial counts towards ``n_trials``."""
+    failed = trial.state == TrialState.FAIL and "reason" in trial.user_attrs
+    return failed or trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass
 class Search:
-    """The workers of this process: threads, each with one trial's process at a time."""
+    """The worker threads of this process; each runs one trial at a time, in a child process."""
 
-    def __init__(
-        self,
-        folder: Path,
-        study: Any,
-        n_trials: int,
-        distributions: dict[str, Any],
-        files: ConfigFiles,
-        overrides: Sequence[str],
-        workers: int,
-    ) -> None:
-        self.folder, self.study, self.n_trials, self.distributions = folder, study, n_trials, distributions
-        self.files, self.overrides, self.workers = files, overrides, workers
-        self.composing = threading.Lock()  # Hydra composes one configuration at a time
+    folder: Path
+    study: optuna.Study
+    n_trials: int
+    distributions: dict[str, BaseDistribution]
+    files: ConfigFiles
+    overrides: Sequence[str]
+    workers: int
+
+    def __post_init__(self) -> None:
         self.stop = threading.Event()
-        self.beginning: dict[int, float] = {}  # since when a trial is known to be about to begin
-        self.retry = study._storage.get_heartbeat_stale_trial_callback()
+        self.composing = threading.Lock()  # Hydra's state is global
+        self.silent_since: dict[int, float] = {}  # running trials that have not sent a heartbeat yet
 
-    def work(self) -> None:
+    def run(self) -> None:
+        """Run trials until the study has ``n_trials`` of them."""
         with ThreadPoolExecutor(self.workers) as pool:
             try:
-                working = [pool.submit(self._work) for _ in range(self.workers)]
-                tune_report.load_pictures()  # while the first trials run
-                for done in as_completed(working):
-                    done.result()
-            finally:  # a signal came, or a worker failed: the others stop, too
+                working = {pool.submit(self._work) for _ in range(self.workers)}
+                import mnist_lit.sweeps.tune_report  # noqa: F401  # takes seconds, so while the first trials run
+
+                while working:
+                    with contextlib.suppress(OptunaError):  # the database is busy, or another process was faster
+                        self._fail_stale_trials()
+                    done, working = wait(working, POLL_INTERVAL)
+                    for each in done:
+                        each.result()
+            finally:  # also when a signal arrives or a worker fails
                 self.stop.set()
 
-    def _work(self) -> None:
-        import optuna
-
-        while not self.stop.is_set():
-            self._fail_lost_trials()
-            done, running = self._progress()
-            if done >= self.n_trials:
-                return
-            if done + running >= self.n_trials:  # the others may yet lose one
-                self.stop.wait(LOOK)
-                continue
-            try:
-                self.study.optimize(self._trial, n_trials=1, catch=(TrialError,), callbacks=[self._say])
-            except optuna.exceptions.UpdateFinishedTrialError:
-                log.warning("a trial of this process was taken for dead, and is run again")
-            self._refuse_what_cannot_succeed()
-
-    def _say(self, study: Any, trial: Any) -> None:
-        """A line on each trial that has ended, instead of Optuna's, which has a traceback for those that failed."""
-        if "surplus" in trial.user_attrs:
-            return
-        what = f"val/acc {trial.value:.4f}" if trial.value is not None else trial.state.name.lower()
-        if trial.state.name == "PRUNED":
-            what = f"pruned after epoch {max(trial.intermediate_values)}, val/acc {trial.value:.4f}"
-        if trial.state.name == "FAIL":
-            what = f"failed: {trial.user_attrs.get('reason', 'stopped or killed; it will be run again')}"
-        settings = "  ".join(f"{key}={tune_report.short(value)}" for key, value in trial.params.items())
-        log.info("trial %d, %d of %d: %s  (%s)", trial.number, self._progress()[0], self.n_trials, what, settings)
-
-    def _progress(self) -> tuple[int, int]:
-        """How many trials are done, and how many are running."""
-        from optuna.trial import TrialState
-
-        trials = self.study.get_trials(deepcopy=False)
-        return sum(map(counts, trials)), sum(trial.state == TrialState.RUNNING for trial in trials)
-
-    def _fail_lost_trials(self) -> None:
-        """Those whose process was killed, to be run again; also those that had not even begun to give signs of life."""
-        import optuna
-        from optuna.trial import TrialState
-
+    def _fail_stale_trials(self) -> None:
+        """Fail the trials whose worker was killed. Optuna overlooks those without a single heartbeat."""
         optuna.storages.fail_stale_trials(self.study)
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        before = {trial.number for trial in running if trial.user_attrs.get("begun") != trial.number}
-        self.beginning = {number: self.beginning.get(number, time.monotonic()) for number in before}
-        for number, since in self.beginning.items():
-            if time.monotonic() - since > GRACE:
-                with contextlib.suppress(ValueError):  # another process was faster, or it has begun after all
-                    self.study.tell(number, state=TrialState.FAIL)
+        silent = [trial.number for trial in running if trial.user_attrs.get("started") != trial.number]
+        self.silent_since = {number: self.silent_since.get(number, time.monotonic()) for number in silent}
+        for number, since in self.silent_since.items():
+            if time.monotonic() - since > GRACE_PERIOD:
+                self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
-    def _trial(self, trial: Any) -> float:
-        """One trial; returns its best validation accuracy."""
-        import optuna
+    def _work(self) -> None:
+        while not self.stop.is_set():
+            trials = self.study.get_trials(deepcopy=False)
+            counted, running = sum(map(counts, trials)), sum(trial.state == TrialState.RUNNING for trial in trials)
+            if counted >= self.n_trials:
+                return
+            if counted + running >= self.n_trials:  # one of those running may be lost yet
+                self.stop.wait(POLL_INTERVAL)
+                continue
+            try:
+                self.study.optimize(self._objective, n_trials=1, callbacks=[self._after_trial])
+            except UpdateFinishedTrialError:
+                log.warning("a trial of this process was considered dead and will be run again")
 
-        trial.set_user_attr("begun", trial.number)
-        values = {key: suggest(trial) for key, suggest in self.distributions.items()}
-        self._refuse_surplus(trial)
+    def _objective(self, trial: optuna.Trial) -> float:
+        """Train with the trial's parameters; returns the best validation accuracy, or NaN, which fails the trial."""
+        trial.set_user_attr("started", trial.number)  # from now on there are heartbeats
+        if self._is_surplus(trial):
+            trial.set_user_attr("surplus", True)
+            return math.nan
+        overrides = [*self.overrides, *as_overrides(suggest(trial, self.distributions))]
         folder = runs.claim(self.folder / "trials" / str(trial.number))
         trial.set_user_attr("folder", str(folder))
-        where = [quoted(f"hydra.run.dir={folder}"), "hydra.mode=RUN", "trainer.enable_progress_bar=false"]
-        curve = Curve(folder / "metrics.csv", trial)
-        looked = time.monotonic()
+        overrides += [quoted(f"hydra.run.dir={folder}"), "hydra.mode=RUN", "trainer.enable_progress_bar=false"]
+        config_dir = [f"--config-dir={self.files.user_folder}"] if self.files.user_folder else []
+        metrics = folder / "metrics.csv"
+        best: dict[int, float] = {}  # best accuracy so far, by epoch
 
-        def look() -> bool:
-            nonlocal looked
-            if time.monotonic() - looked > LOOK:
-                self._fail_lost_trials()
-                looked = time.monotonic()
-            return self.stop.is_set() or curve.should_prune()
+        def should_prune() -> bool:
+            rows = csv.DictReader(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else ()
+            for row in rows:
+                if row["val/acc"] and (epoch := int(row["epoch"])) > max(best, default=0):
+                    best[epoch] = max(float(row["val/acc"]), *best.values(), 0.0)
+                    trial.report(best[epoch], epoch)
+            return bool(best) and trial.should_prune()
 
-        # One at a time takes what there is, as any run does.
-        threads = max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None
-        overrides = [*self.overrides, *as_overrides(values), *where]
-        folders = [f"--config-dir={self.files.user_folder}"] if self.files.user_folder else []
-        composed = self._composed(overrides)
         ended = job.run(
-            "train", [*overrides, *folders], quiet=True, should_stop=look, threads=threads, composed=composed
+            "train",
+            [*overrides, *config_dir],
+            quiet=True,
+            should_stop=lambda: self.stop.is_set() or should_prune(),
+            threads=max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None,
+            composed=self._composed(overrides),
         )
-        hopeless = curve.should_prune()
-        if ended.code != 0 and not self.stop.is_set() and hopeless:
-            raise optuna.TrialPruned(f"after epoch {curve.epoch}")
+        pruned, stopped = should_prune(), self.stop.is_set()
+        if ended.code == 0 and best:
+            return max(best.values())
+        if pruned and not stopped:
+            raise optuna.TrialPruned
+        frozen = self.study.trials[trial.number]
         killed = ended.code < 0 or ended.code in STOPPED
-        before = self.study._storage.get_trial(trial._trial_id)
-        again = killed and len(before.system_attrs.get("retry_history", [])) < MAX_RETRIES
-        if ended.code != 0 and (self.stop.is_set() or again):
-            self.retry(self.study, before)
-            raise TrialError("stopped or killed; it will be run again")
-        if ended.code != 0 or curve.best is None:
-            reason = ended.reason.removeprefix("train: ") if ended.code else "nothing was validated"
+        if stopped or (killed and len(RetryHeartbeatStaleTrialCallback.retry_history(frozen)) < MAX_RETRIES):
+            RetryHeartbeatStaleTrialCallback()(self.study, frozen)
+        else:
+            reason = ended.reason.removeprefix("train: ") if ended.code else "no epoch was validated"
             trial.set_user_attr("reason", reason)
-            raise TrialError(reason)
-        return curve.best
+        return math.nan
+
+    def _is_surplus(self, trial: optuna.Trial) -> bool:
+        """Whether another process started the last trial at the same time, and with a lower number."""
+        trials = self.study.get_trials(deepcopy=False)
+        pending = (TrialState.RUNNING, TrialState.WAITING)
+        ahead = sum(each.state in pending and each.number < trial.number for each in trials)
+        return sum(map(counts, trials)) + ahead >= self.n_trials
 
     def _composed(self, overrides: Sequence[str]) -> Any:
-        """A trial's configuration; None where its own command shall compose it, for it has something to refuse."""
+        """A trial's configuration; None if it is invalid, so that the trial's own command reports it."""
         with self.composing, contextlib.suppress(UserError), self.files.errors_as_user_errors(overrides):
             return launch.for_another_process("train", self.files.compose(overrides))
         return None
 
-    def _refuse_surplus(self, trial: Any) -> None:
-        """Two processes may begin the last trial at once: the one that has the higher number leaves it."""
-        from optuna.trial import TrialState
-
-        trials = self.study.get_trials(deepcopy=False)
-        before = [each for each in trials if each.state in (TrialState.RUNNING, TrialState.WAITING)]
-        place = sum(map(counts, trials)) + sum(each.number <= trial.number for each in before)
-        if place > self.n_trials:
-            trial.set_user_attr("surplus", True)
-            raise TrialError("not needed: another process was faster")
-
-    def _refuse_what_cannot_succeed(self) -> None:
-        from optuna.trial import TrialState
-
-        done = [trial for trial in self.study.get_trials(deepcopy=False) if counts(trial)]
-        if len(done) >= FIRST_FAILURES and all(trial.state == TrialState.FAIL for trial in done):
-            raise UserError(f"all {len(done)} trials failed, the last one thus: {done[-1].user_attrs['reason']}")
-
-
-class Curve:
-    """What a run under way has validated, read from its ``metrics.csv`` and told to Optuna.
-
-    Attributes:
-        epoch: The last one that was validated.
-        best: The best accuracy so far.
-    """
-
-    def __init__(self, path: Path, trial: Any) -> None:
-        self.path, self.trial = path, trial
-        self.epoch, self.best = 0, None
-
-    epoch: int
-    best: float | None
-
-    def should_prune(self) -> bool:
-        """Whether the pruner gives the trial up."""
-        if self.path.exists():
-            for row in csv.DictReader(self.path.read_text(encoding="utf-8").splitlines()):
-                if int(row["epoch"]) > self.epoch and row["val/acc"]:
-                    self.epoch = int(row["epoch"])
-                    self.best = max(float(row["val/acc"]), self.best or 0.0)
-                    self.trial.report(self.best, self.epoch)
-        return self.epoch > 0 and bool(self.trial.should_prune())
-
-
-def counts(trial: Any) -> bool:
-    """Whether a trial is one of those that were asked for: it has a result, or failed by its own fault."""
-    from optuna.trial import TrialState
-
-    failed = trial.state == TrialState.FAIL and "reason" in trial.user_attrs
-    return failed or trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    def _after_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Log how a trial ended, since Optuna logs a traceback for a failure; give up if the first trials all fail."""
+        if "surplus" in trial.user_attrs:
+            return
+        counted = [each for each in study.get_trials(deepcopy=False) if counts(each)]
+        outcome = f"val/acc {trial.value:.4f}" if trial.value is not None else ""
+        if trial.state == TrialState.PRUNED:
+            outcome = f"pruned after epoch {trial.last_step}, {outcome}"
+        if trial.state == TrialState.FAIL:
+            outcome = f"failed: {trial.user_attrs.get('reason', 'stopped or killed; it will be run again')}"
+        params = "  ".join(f"{key}={short(value)}" for key, value in trial.params.items())
+        log.info("trial %d, %d of %d: %s  (%s)", trial.number, len(counted), self.n_trials, outcome, params)
+        if len(counted) >= FIRST_FAILURES and all(each.state == TrialState.FAIL for each in counted):
+            raise UserError(f"all {len(counted)} trials failed, the last one with: {counted[-1].user_attrs['reason']}")
