@@ -49,10 +49,10 @@ def as_user_errors(keys: Callable[[], Iterable[str]]) -> Iterator[None]:
                 text = f"{there[1]} exists: leave out the + before it"
             case _ if type(error) is ValueError:
                 text = "a group takes the name of one of its files; for none, leave it out"
-            case _ if unknown and unknown[1] in (known := list(keys())):
+            case _ if unknown and text.startswith("Could not delete") and unknown[1] in keys():
                 text = f"{unknown[1]} is null: there is nothing to delete"
             case _ if unknown:
-                text = f"unknown key {unknown[1]}{suggestion(unknown[1], known)}"
+                text = f"unknown key {unknown[1]}{suggestion(unknown[1], keys())}"
         raise UserError(text) from error
 
 
