@@ -148,8 +148,8 @@ def test_a_model_whose_flatten_keeps_the_channels_first_is_converted_too(tmp_pat
 def test_a_wrong_flatten_order_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     keras_model = keras_tutorial()
     keras_model.set_weights([weights * 3 for weights in keras_model.get_weights()])
-    monkeypatch.setattr("mnist_lit.convert._flatten_order", lambda model: np.arange(4096))
-    with pytest.raises(UserError, match="probabilities that differ"):
+    monkeypatch.setattr("mnist_lit.convert._flatten_order", lambda layers: np.arange(4096))
+    with pytest.raises(UserError, match="its probabilities differ by"):
         from_keras(keras_model)
 
 
@@ -195,11 +195,11 @@ def test_files_that_cannot_be_converted_are_refused(finished_run: Path, tmp_path
         (tmp_path / name).write_text("" if "empty" in name else "this is not a model")
     for source, target, sentence in (
         (checkpoint, str(tmp_path / "model.onnx"), "one must end in .keras"),
-        (str(tmp_path / "no.keras"), str(tmp_path / "model.ckpt"), "there is no such file"),
+        (str(tmp_path / "no.keras"), str(tmp_path / "model.ckpt"), "no such file"),
         (checkpoint, str(tmp_path / "empty.keras"), "exists already"),
         (checkpoint, str(tmp_path / "nowhere" / "model.keras"), "there is no folder"),
-        (str(tmp_path / "empty.keras"), str(tmp_path / "model.ckpt"), "Keras cannot read it"),
-        (str(tmp_path / "text.keras"), str(tmp_path / "model.ckpt"), "Keras cannot read it"),
+        (str(tmp_path / "empty.keras"), str(tmp_path / "model.ckpt"), "Keras cannot load it"),
+        (str(tmp_path / "text.keras"), str(tmp_path / "model.ckpt"), "Keras cannot load it"),
         (str(tmp_path / "empty.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
         (str(tmp_path / "text.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
     ):

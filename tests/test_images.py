@@ -1,4 +1,4 @@
-"""Pictures of any kind brought to MNIST's form; the numbers are the rows of docs/faults.md."""
+"""Images of any kind normalized to MNIST's form; the numbers are the rows of docs/faults.md."""
 
 import io
 import subprocess
@@ -15,7 +15,7 @@ from helpers import ROOT, assert_same
 from PIL import Image
 from scipy import ndimage
 
-from mnist_lit.inference.images import PictureError, prepare, read_grey, to_mnist
+from mnist_lit.inference.images import ImageError, prepare, read_grey, to_mnist
 from mnist_lit.inference.trained import load
 
 Pixels = np.ndarray
@@ -112,7 +112,7 @@ def test_lines_of_a_thin_pen_are_made_as_thick_as_mnists(good_run: Path, digits,
     files = [thin(digit) for digit in images]
     thick = accuracy(good_run, [prepare(saved(file)) for file in files], labels)
     assert thick > accuracy(good_run, list(images), labels) - 0.03
-    monkeypatch.setattr("mnist_lit.inference.images.THINNEST", 0)
+    monkeypatch.setattr("mnist_lit.inference.images.MIN_STROKE", 0)
     assert accuracy(good_run, [prepare(saved(file)) for file in files], labels) < thick
 
 
@@ -171,16 +171,16 @@ def test_31_what_cannot_be_read_gets_one_line(digits, tmp_path: Path) -> None:
     bomb = saved(Image.new("1", (20_000, 20_000))).getvalue()
     (tmp_path / "folder").mkdir()
     cases: dict[str, list[Any]] = {
-        "there is no such file": [tmp_path / "nowhere.png"],
+        "no such file": [tmp_path / "nowhere.png"],
         "cannot be read": [tmp_path / "folder"],
-        "is not a picture in PNG, JPEG, BMP, TIFF or WEBP format": [
+        "is not an image in PNG, JPEG, BMP, TIFF or WEBP format": [
             io.BytesIO(b"hello"),
             io.BytesIO(),
             saved(two[0], "GIF", save_all=True, append_images=two[1:]),
         ],
         "is damaged": [io.BytesIO(png[: len(png) // 2]), io.BytesIO(broken(png, 60))],
         "has more than 80,000,000 pixels|more than 80,000,000": [io.BytesIO(bomb)],
-        "has 2 pictures in one file": [
+        "contains 2 images instead of one": [
             saved(two[0], format, save_all=True, append_images=two[1:]) for format in ("PNG", "TIFF", "WEBP")
         ],
         "is blank": [
@@ -192,7 +192,7 @@ def test_31_what_cannot_be_read_gets_one_line(digits, tmp_path: Path) -> None:
     }
     for sentence, files in cases.items():
         for file in files:
-            with warnings.catch_warnings(), pytest.raises(PictureError, match=sentence) as refused:
+            with warnings.catch_warnings(), pytest.raises(ImageError, match=sentence) as refused:
                 warnings.simplefilter("ignore")
                 prepare(file)
             assert "\n" not in str(refused.value)
@@ -220,14 +220,14 @@ def test_random_and_mutated_files_are_read_or_refused(digits) -> None:
             warnings.simplefilter("ignore")
             try:
                 assert prepare(file).shape == (28, 28)
-            except PictureError as error:
+            except ImageError as error:
                 assert "\n" not in str(error)
 
 
 def test_preprocess_none_takes_pixels_as_they_are(digits) -> None:
     assert_same(prepare(saved(255 - digits[0][0]), "none"), 255 - digits[0][0])
     assert_same(prepare(saved(np.zeros((28, 28), np.uint8)), "none"), np.zeros((28, 28), np.uint8))
-    with pytest.raises(PictureError, match="has 30x20 pixels, and preprocess=none takes 28x28"):
+    with pytest.raises(ImageError, match="has 30x20 pixels, but preprocess=none requires 28x28"):
         prepare(saved(np.zeros((20, 30), np.uint8)), "none")
 
 

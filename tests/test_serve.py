@@ -130,7 +130,7 @@ def test_32_a_port_in_use_and_a_bad_checkpoint_end_it_before_it_is_ready(
 ) -> None:
     from mnist_lit.serve import serve
 
-    with pytest.raises(UserError, match=rf"port={port}: cannot listen there"):
+    with pytest.raises(UserError, match=rf"port={port}: cannot listen on it"):
         serve(good_run, port=port)
     bad = tmp_path / "bad.ckpt"
     bad.write_bytes((good_run / "checkpoints" / "last.ckpt").read_bytes()[:5000])
@@ -154,14 +154,14 @@ def test_33_what_is_wrong_is_said_as_json_and_the_next_good_request_is_answered(
     good = png(np.eye(28, dtype=np.uint8) * 255)
     for body, status, sentence in (
         (b"\0" * (2**20 + 1), 413, "larger than 1,048,576 bytes"),
-        (b"\0" * 2**20, 415, "send a PNG or JPEG"),
-        (b"", 415, "send a PNG or JPEG"),
-        (b"GIF89a" + b"\0" * 100, 415, "send a PNG or JPEG"),
+        (b"\0" * 2**20, 415, "send a PNG or JPEG image"),
+        (b"", 415, "send a PNG or JPEG image"),
+        (b"GIF89a" + b"\0" * 100, 415, "send a PNG or JPEG image"),
         (good[:45], 422, "damaged"),
         (huge, 422, "1024x1025 pixels"),
         (png(np.full((50, 50), 255, np.uint8)), 422, "is blank"),
-        (b"{", 400, "no JSON"),
-        (b"[" * 500_000, 400, "no JSON"),
+        (b"{", 400, "not valid JSON"),
+        (b"[" * 500_000, 400, "not valid JSON"),
         (b"[1]", 422, '{"pixels": [784 numbers]}'),
         (b'{"pixel": [1]}', 422, '{"pixels": [784 numbers]}'),
         (pixels(0, 783), 422, '{"pixels": [784 numbers]}'),
@@ -175,7 +175,7 @@ def test_33_what_is_wrong_is_said_as_json_and_the_next_good_request_is_answered(
     ):
         assert refused(ask(port, body), status, sentence), (status, sentence)
         assert ask(port, good)[0] == 200
-    assert refused(ask(port, method="GET"), 405, "with POST")
+    assert refused(ask(port, method="GET"), 405, "send the image with POST")
     assert refused(ask(port, path="/", method="POST"), 405, "")
     assert refused(ask(port, path="/nothing", method="GET"), 404, "")
 
@@ -206,7 +206,7 @@ def test_33_a_slow_upload_ends_after_five_seconds(port: int) -> None:
         sender = threading.Thread(target=_trickle, args=(slow,), daemon=True)
         sender.start()
         answer = _until_closed(slow)
-    assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive in 5 seconds" in answer
+    assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive within 5 seconds" in answer
     assert 4 < time.monotonic() - start < 9
     assert ask(port, ZERO)[0] == 200
 
@@ -286,7 +286,7 @@ def test_33_random_and_mutated_bodies(port: int, digits) -> None:
 
 def test_allow_remote_listens_for_others_and_says_so(good_run: Path) -> None:
     with running(f"ckpt={good_run}", "allow_remote=true") as (port, said):
-        assert "warning: every machine" in said
+        assert "warning: any machine that can reach this one" in said
         assert ask(port, path="/health", method="GET", Host="this-machine.example")[0] == 200
         with socket.create_connection(("127.0.0.2", port), timeout=5):
             pass
