@@ -138,11 +138,7 @@ def save_checkpoint(classifier: Any, path: Path) -> None:
 
 
 def _named_layers(keras_model: Any) -> dict[str, Any]:
-    """The layers of a Keras model by their names in this project.
-
-    Raises:
-        UserError: They are not the layers of the tutorial.
-    """
+    """The layers of a Keras model by their names in this project; a UserError if they are not those of the tutorial."""
     expected, found = (
         [layer for layer in model.layers if type(layer).__name__ != "InputLayer"]
         for model in (keras_tutorial(), keras_model)

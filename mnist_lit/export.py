@@ -141,10 +141,7 @@ WRITERS: dict[str, tuple[Callable[..., "Model"], tuple[str, ...]]] = {
 
 
 def _require_same_predictions(exported: "Model", images: "Tensor", expected: "Tensor") -> None:
-    """
-    Raises:
-        UserError: A predicted digit differs, or a probability differs by more than ``TOLERANCE``.
-    """
+    """Raise a UserError if a predicted digit differs, or a probability by more than ``TOLERANCE``."""
     import torch
 
     for size in (*BATCH_SIZES, len(images)):

@@ -169,11 +169,7 @@ def _row(path: str, probabilities: list[float] | None, error: str) -> dict[str, 
 
 
 def _command(**values: Any) -> None:
-    """Run ``predict`` and print the results or their file.
-
-    Raises:
-        UserError: Some images could not be predicted; raised after the others have been, for the exit code.
-    """
+    """Run ``predict`` and print the results; at the end, a UserError if some images could not be predicted."""
     rows = predict(**values)
     failed = [row for row in rows if row["error"]]
     if values["output"]:
@@ -185,7 +181,7 @@ def _command(**values: Any) -> None:
     for row in failed[:20]:
         print(f"{row['file']}: {row['error']}", file=sys.stderr)
     if failed:
-        raise UserError(f"{len(failed):,} of {len(rows):,} could not be predicted")
+        raise UserError(f"{len(failed):,} of {len(rows):,} images could not be predicted")
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def test_files_folders_and_patterns_each_image_once(scans: Path, monkeypatch: py
         ("*.xyz", "no file matches this pattern"),
         ("nowhere.png", "no such file"),
     ]
-    assert len(list(find_images(["**/*"]))) == 14  # all, of any ending: what is asked for is tried
+    assert len(list(find_images(["**/*"]))) == 14  # files that a pattern names are tried whatever their suffix
     (scans / "empty").mkdir()
     ((_, error),) = find_images(["empty"])
     assert error.startswith("this folder has no images (.png, ")
@@ -112,7 +112,7 @@ def test_31_predict_as_a_command_with_good_and_bad_images(
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stdout == "result 1.csv: 12 images\n"
     summary, blank, cut, text = sorted(done.stderr.splitlines())
-    assert summary == "predict: 3 of 15 could not be predicted"
+    assert summary == "predict: 3 of 15 images could not be predicted"
     assert blank == "scans (1), mine/blank.png: is blank"
     assert cut.startswith("scans (1), mine/cut.png: is damaged (")
     assert text == "scans (1), mine/text.png: is not an image in PNG, JPEG, BMP, TIFF or WEBP format"

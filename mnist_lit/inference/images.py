@@ -25,7 +25,7 @@ MIN_STROKE = 1.6  # thinner strokes are thickened to this many pixels of the box
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error)
 
 
-class ImageError(ValueError):
+class ImageError(Exception):
     """The image cannot be read or is blank. The message is a single line that does not name the file."""
 
 
@@ -69,15 +69,11 @@ def read_grey(
             grey = _grey(ImageOps.exif_transpose(image))
             factor = max(grey.size) // WORKING_SIDE
             return np.asarray(grey.reduce(factor) if factor > 1 else grey, dtype=np.float32)
-    except ImageError:
-        raise
     except UnidentifiedImageError as error:
         raise ImageError(f"is not an image in {', '.join(formats[:-1])} or {formats[-1]} format") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"has more than {max_pixels:,} pixels") from error
-    except FileNotFoundError as error:
-        raise ImageError("no such file") from error
-    except (PermissionError, IsADirectoryError) as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ImageError(f"cannot be read ({error.strerror})") from error
     except DECODE_ERRORS as error:
         raise ImageError(f"is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
@@ -152,11 +148,7 @@ def _border(grey: np.ndarray) -> np.ndarray:
 
 
 def _ink(grey: np.ndarray) -> np.ndarray:
-    """How much ink each pixel has, float32 [H, W] from 0 to 1; exactly 0 on the paper.
-
-    Raises:
-        ImageError: No ink stands out from the paper.
-    """
+    """How much ink each pixel has, float32 [H, W] from 0 to 1, exactly 0 on the paper; an ImageError if none stands out."""
     paper, noise = _paper(grey)
     difference = grey - paper
     if float((difference * difference * difference).sum()) < 0:  # the largest differences are negative: dark ink
