@@ -1,4 +1,4 @@
-"""The page about a run, as text and in a browser."""
+"""The HTML page about a run, as text and in a browser."""
 
 import html.parser
 import re
@@ -18,7 +18,7 @@ WITHOUT_END = {"meta", "img", "br", "path", "use", "rect"}
 
 
 class Nesting(html.parser.HTMLParser):
-    """Follows which elements are open, and collects what the page refers to and what it says."""
+    """Checks that elements are nested properly, and collects ids, references and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def read(path: Path) -> Nesting:
     return page
 
 
-def test_a_runs_page_is_one_whole_file_that_refers_to_nothing_else(validated_run: Path) -> None:
+def test_the_page_of_a_run_is_self_contained(validated_run: Path) -> None:
     page = read(validated_run / "report.html")
     assert all(place.startswith(("data:image/png;base64,", "#")) for place in page.places)
     assert {place[1:] for place in page.places if place.startswith("#")} <= set(page.ids)
@@ -73,7 +73,7 @@ def test_a_runs_page_is_one_whole_file_that_refers_to_nothing_else(validated_run
     assert len(re.findall(r'alt="filter \d+"', text)) == 32
 
 
-def test_the_worst_mistakes_come_first_and_none_that_is_right(tmp_path: Path) -> None:
+def test_the_most_confident_mistakes_come_first(tmp_path: Path) -> None:
     predictions = PredictionCollector()
     predictions.labels = torch.tensor([3, 3, 3, 3])
     predictions.probabilities = torch.full((4, 10), 0.01)
@@ -85,7 +85,7 @@ def test_the_worst_mistakes_come_first_and_none_that_is_right(tmp_path: Path) ->
     assert [int(n) for n in re.findall(r"no\. (\d)", page.text)] == [2, 3, 1]
     assert re.findall(r"3 → (\d)", page.text) == ["8", "7", "5"]
     assert "All 3 wrong predictions, most confident first" in page.text and "80.0 %" in page.text
-    assert "Filters" not in page.text  # its first layer is no convolution
+    assert "Filters" not in page.text  # the first layer is not a convolution
     assert "<script>alert(1)</script>" in page.text  # as text
 
 
@@ -118,14 +118,14 @@ def test_a_network_without_mistakes_has_a_page_too(tmp_path: Path) -> None:
 def test_in_a_browser_the_page_fits_a_laptop_and_a_phone(
     browser: Browser, validated_run: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    shutil.copy(validated_run / "report.html", tmp_path / "report.html")  # alone, so that nothing else can be needed
+    shutil.copy(validated_run / "report.html", tmp_path / "report.html")  # the page alone, without the rest of the run
     page = browser(width, 800, scheme)
     page.goto((tmp_path / "report.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     sizes = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.clientWidth, i.clientHeight])")
     assert len(sizes) == 72 and all(natural and abs(w - h) <= 1 and w > 20 for natural, w, h in sizes)
     assert page.evaluate("[...document.querySelectorAll('svg')].every(s => s.clientWidth > 250)")
-    # Axis labels take the page's colour: they can be read on a dark page, too.
+    # Axis labels have the page's text colour, so they are legible in dark mode.
     color, back = (
         page.evaluate(f"getComputedStyle(document.querySelector('{element}')).{what}")
         for element, what in (("svg text", "fill"), ("body", "backgroundColor"))
