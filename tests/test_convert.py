@@ -1,4 +1,4 @@
-"""Proof against Keras itself: the same network, the same optimizer, the same initial weights; and conversion."""
+"""The network, the optimizer and the initial weights compared with Keras; conversion in both directions."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,20 +23,20 @@ keras: Any = None
 @pytest.fixture(autouse=True)
 def keras_seed() -> None:
     global keras
-    import keras  # ten seconds, which only the process that runs these tests is to spend
+    import keras  # slow, so only in the process that runs these tests
 
     keras.utils.set_random_seed(7)
 
 
 def images_for(keras_model: Any, images: torch.Tensor) -> np.ndarray:
-    """[N, 1, 28, 28] in the layout that the Keras model takes."""
+    """Images [N, 1, 28, 28] in the layout of the Keras model."""
     return images.numpy().reshape(len(images), *keras_model.input_shape[1:])
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_same_weights_give_the_same_probabilities(data_format: str, sample) -> None:
     keras_model = keras_tutorial(data_format)
-    # Fresh weights give nearly uniform probabilities, in which a wrong order would hardly show: make them speak.
+    # New weights give nearly uniform probabilities, which would hide a wrong order: scale them up.
     keras_model.set_weights([weights * 3 for weights in keras_model.get_weights()])
     images, _ = next(iter(sample.test_dataloader()))
     theirs = keras_model.predict(images_for(keras_model, images), verbose=0)
@@ -55,10 +55,10 @@ def double_precision() -> Iterator[None]:
     keras.config.set_dtype_policy("float32")
 
 
-def test_twenty_steps_of_adadelta_are_keras_own(double_precision, sample) -> None:
-    """In double precision, for over twenty steps Adadelta makes a hundred times more of single precision's rounding.
+def test_twenty_steps_of_adadelta_match_keras(double_precision, sample) -> None:
+    """In double precision, since twenty steps of Adadelta amplify single-precision rounding errors a hundredfold.
 
-    What is left of it is Keras's: it multiplies matrices in single precision all the same.
+    The remaining difference is due to Keras, which still multiplies matrices in single precision.
     """
     keras_model = keras_tutorial(dropout=0.0)
     keras_model.set_weights([weights.astype(np.float32) for weights in keras_model.get_weights()])
@@ -95,7 +95,7 @@ def test_initial_weights_follow_keras_distributions() -> None:
             deviation = bound / 3**0.5
             assert 0.97 * bound < weights.abs().max() <= bound
             assert abs(weights.mean()) < 4 * deviation / count**0.5
-            # the variance of the mean square of a uniform variable is 4/45 of the bound to the fourth, over the count
+            # The mean square of n uniform values on [-b, b] has the variance 4/45 b^4 / n.
             assert abs((weights**2).mean() - deviation**2) < 4 * (4 / 45 / count) ** 0.5 * bound**2
         assert not ours[f"{name}.bias"].any() and not theirs[f"{name}.bias"].any()
 
@@ -142,19 +142,19 @@ def test_a_model_whose_flatten_keeps_the_channels_first_is_converted_too(tmp_pat
             layers.Dense(10, activation="softmax"),
         ]
     )
-    from_keras(keras_model)  # compares the probabilities itself
+    from_keras(keras_model)  # compares the probabilities
 
 
 def test_a_wrong_flatten_order_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     keras_model = keras_tutorial()
     keras_model.set_weights([weights * 3 for weights in keras_model.get_weights()])
-    monkeypatch.setattr("mnist_lit.convert._flatten_order", lambda model: np.arange(4096))
-    with pytest.raises(UserError, match="probabilities that differ"):
+    monkeypatch.setattr("mnist_lit.convert._flatten_order", lambda layers: np.arange(4096))
+    with pytest.raises(UserError, match="its probabilities differ by"):
         from_keras(keras_model)
 
 
 def changed(position: int, layer: Any) -> Any:
-    """The tutorial's Keras model with one layer replaced, or left out."""
+    """The tutorial's Keras model with one layer replaced or removed."""
     replaced = [*keras_tutorial().layers]
     replaced[position : position + 1] = [layer()] if layer else []
     return keras.Sequential(
@@ -195,11 +195,11 @@ def test_files_that_cannot_be_converted_are_refused(finished_run: Path, tmp_path
         (tmp_path / name).write_text("" if "empty" in name else "this is not a model")
     for source, target, sentence in (
         (checkpoint, str(tmp_path / "model.onnx"), "one must end in .keras"),
-        (str(tmp_path / "no.keras"), str(tmp_path / "model.ckpt"), "there is no such file"),
+        (str(tmp_path / "no.keras"), str(tmp_path / "model.ckpt"), "no such file"),
         (checkpoint, str(tmp_path / "empty.keras"), "exists already"),
         (checkpoint, str(tmp_path / "nowhere" / "model.keras"), "there is no folder"),
-        (str(tmp_path / "empty.keras"), str(tmp_path / "model.ckpt"), "Keras cannot read it"),
-        (str(tmp_path / "text.keras"), str(tmp_path / "model.ckpt"), "Keras cannot read it"),
+        (str(tmp_path / "empty.keras"), str(tmp_path / "model.ckpt"), "Keras cannot load it"),
+        (str(tmp_path / "text.keras"), str(tmp_path / "model.ckpt"), "Keras cannot load it"),
         (str(tmp_path / "empty.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
         (str(tmp_path / "text.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
     ):

@@ -1,4 +1,4 @@
-"""Exported models, read by the programs that they are for; the numbers are the rows of docs/faults.md."""
+"""Exported models in the runtimes they are meant for; the numbers are the rows of docs/faults.md."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ SAMPLE = {"source": "sample"}
 
 @pytest.fixture(scope="module")
 def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model in all three forms."""
+    """A folder with the model in all three formats."""
     folder = tmp_path_factory.mktemp("exported")
     for ending in ("onnx", "pt2", "safetensors"):
         facts = export(folder / f"model.{ending}", finished_run, SAMPLE)
@@ -38,14 +38,14 @@ def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def expected(finished_run: Path, sample: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and the probabilities that the model itself gives to them."""
+    """Images and the original model's probabilities for them."""
     images = sample.test_images.unsqueeze(1) / 255
     with torch.inference_mode():
         return images, load(finished_run)(images)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_onnx_gives_the_same_answers_to_batches_of_any_size(exported: Path, expected, size: int) -> None:
+def test_onnx_gives_the_same_predictions_for_any_batch_size(exported: Path, expected, size: int) -> None:
     session = onnxruntime.InferenceSession(exported / "model.onnx")
     (image,), (probabilities,) = session.get_inputs(), session.get_outputs()
     assert (image.name, image.type, image.shape[1:]) == ("image", "tensor(float)", [1, 28, 28])
@@ -56,7 +56,7 @@ def test_onnx_gives_the_same_answers_to_batches_of_any_size(exported: Path, expe
     assert (found.argmax(1) == expected[1][:size].argmax(1).numpy()).all()
 
 
-def test_onnx_has_standard_operators_only_and_says_where_it_comes_from(exported: Path, finished_run: Path) -> None:
+def test_onnx_has_only_standard_operators_and_has_metadata(exported: Path, finished_run: Path) -> None:
     model = onnx.load(exported / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert [each.domain for each in model.opset_import] == [""]
@@ -66,7 +66,7 @@ def test_onnx_has_standard_operators_only_and_says_where_it_comes_from(exported:
     assert facts["version"] == f"mnist_lit {__version__}" and facts["tested_on"] == "mnist-sample"
     assert json.loads(facts["trained_on"])[0]["name"] == "mnist-sample"
     content = (exported / "model.onnx").read_bytes()
-    assert str(Path(__file__).parents[1]).encode() not in content  # no path of this machine
+    assert str(Path(__file__).parents[1]).encode() not in content  # no local path
     with torch.inference_mode():
         assert float(facts["test_accuracy"]) == pytest.approx(accuracy(load(finished_run)), abs=5e-5)
 
@@ -79,7 +79,7 @@ def accuracy(model: nn.Module) -> float:
     return float((model(data.test_images.unsqueeze(1) / 255).argmax(1) == data.test_labels).float().mean())
 
 
-def test_pt2_runs_where_this_package_is_not(exported: Path, expected, tmp_path: Path) -> None:
+def test_pt2_runs_without_this_package(exported: Path, expected, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", expected[0][:5].numpy())
     code = """
 import sys, json, numpy, torch
@@ -106,7 +106,7 @@ def test_safetensors_has_the_networks_weights(exported: Path, expected) -> None:
 
 
 class TwoFaced(nn.Module):
-    """Gives other answers once it is exported."""
+    """Predicts something else once it is exported."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def checkpoint_of(network: type[nn.Module], path: Path, data: str = "mnist-sampl
 
 @pytest.mark.parametrize(
     ("network", "sentence"),
-    [(TwoFaced, "the exported model is another one"), (Unexportable, "the network cannot be exported")],
+    [(TwoFaced, "the exported model differs from the original"), (Unexportable, "the network cannot be exported")],
 )
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
 def test_30_a_model_that_differs_from_the_original_leaves_no_file(
@@ -150,7 +150,7 @@ def test_the_accuracy_of_a_model_of_other_data_is_not_measured_on_the_sample(
     torch.save({**content, "data": [{"name": "mnist"}]}, tmp_path / "full.ckpt")
     facts = export(tmp_path / "model.safetensors", tmp_path / "full.ckpt", SAMPLE)
     assert facts["test_accuracy"] == facts["tested_on"] == ""
-    assert "its accuracy is not measured" in capsys.readouterr().err
+    assert "test accuracy not measured: this model was" in capsys.readouterr().err
 
 
 def test_27_export_as_a_command_and_what_it_refuses(
@@ -160,7 +160,7 @@ def test_27_export_as_a_command_and_what_it_refuses(
     arguments = [f"ckpt={finished_run}", "data.source=sample"]
     done = command(*arguments, "output=my model.onnx", cwd=tmp_path, verb="export")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("my model.onnx: written, and gives the same 1,000 answers")
+    assert done.stdout.startswith("my model.onnx: written; its predictions for 1,000 test images match those of ")
     assert done.stderr == ""
     assert [path.name for path in tmp_path.iterdir()] == ["my model.onnx"]
     for output, sentence in (

@@ -1,4 +1,4 @@
-"""Pictures of any kind brought to MNIST's form; the numbers are the rows of docs/faults.md."""
+"""Images of any kind normalized to MNIST's form; the numbers are the rows of docs/faults.md."""
 
 import io
 import subprocess
@@ -15,7 +15,7 @@ from helpers import ROOT, assert_same
 from PIL import Image
 from scipy import ndimage
 
-from mnist_lit.inference.images import PictureError, prepare, read_grey, to_mnist
+from mnist_lit.inference.images import ImageError, prepare, read_grey, to_mnist
 from mnist_lit.inference.trained import load
 
 Pixels = np.ndarray
@@ -29,10 +29,10 @@ def saved(pixels: Pixels | Image.Image, format: str = "PNG", **options: Any) -> 
     return file
 
 
-def accuracy(run: Path, pictures: list[Pixels], labels: Pixels) -> float:
+def accuracy(run: Path, images: list[Pixels], labels: Pixels) -> float:
     with torch.inference_mode():
-        answers = load(run)(torch.from_numpy(np.stack(pictures)).unsqueeze(1) / 255).argmax(1)
-    return float((answers.numpy() == labels).mean())
+        predicted = load(run)(torch.from_numpy(np.stack(images)).unsqueeze(1) / 255).argmax(1)
+    return float((predicted.numpy() == labels).mean())
 
 
 def scaled(digit: Pixels, side: int = 140) -> Pixels:
@@ -40,7 +40,7 @@ def scaled(digit: Pixels, side: int = 140) -> Pixels:
 
 
 def on_paper(digit: Pixels, draw: np.random.Generator) -> Pixels:
-    """Black on white, 100x140, somewhere on it, turned by up to 10°, with light from one side, a lamp and noise."""
+    """Black on white at a random position of 100x140 pixels, rotated by up to 10°, with a light gradient, a lamp and noise."""
     side = int(28 * draw.uniform(2, 3.3))
     turned = Image.fromarray(scaled(digit, side)).rotate(draw.uniform(-10, 10), Image.Resampling.BICUBIC)
     canvas = Image.new("L", (100, 140))
@@ -53,13 +53,13 @@ def on_paper(digit: Pixels, draw: np.random.Generator) -> Pixels:
 
 
 @pytest.mark.parametrize("options", [{"format": "PNG"}, {"format": "JPEG", "quality": 75}])
-def test_1000_digits_on_unevenly_lit_paper_cost_less_than_two_points(
+def test_1000_digits_on_unevenly_lit_paper_lose_less_than_two_points(
     options: dict[str, Any], good_run: Path, digits
 ) -> None:
     images, labels = digits
     draw = np.random.default_rng(0)
-    pictures = [prepare(saved(on_paper(digit, draw), **options)) for digit in images]
-    assert accuracy(good_run, pictures, labels) > accuracy(good_run, list(images), labels) - 0.02
+    prepared = [prepare(saved(on_paper(digit, draw), **options)) for digit in images]
+    assert accuracy(good_run, prepared, labels) > accuracy(good_run, list(images), labels) - 0.02
 
 
 def colored(digit: Pixels, ink: tuple[int, int, int], paper: tuple[int, int, int]) -> Pixels:
@@ -87,22 +87,22 @@ CHANGES: dict[str, Callable[[Pixels], Pixels]] = {
 }
 
 
-def with_specks(picture: Pixels) -> Pixels:
-    picture = np.pad(picture, 40, constant_values=255)
+def with_specks(image: Pixels) -> Pixels:
+    image = np.pad(image, 40, constant_values=255)
     for y, x in ((5, 5), (200, 190), (20, 150), (110, 3)):
-        picture[y : y + 4, x : x + 4] = 0
-    return picture
+        image[y : y + 4, x : x + 4] = 0
+    return image
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_digits_are_still_recognized(change: str, good_run: Path, digits) -> None:
     images, labels = digits[0][:300], digits[1][:300]
-    pictures = [prepare(saved(CHANGES[change](digit))) for digit in images]
-    lost = accuracy(good_run, list(images), labels) - accuracy(good_run, pictures, labels)
+    prepared = [prepare(saved(CHANGES[change](digit))) for digit in images]
+    lost = accuracy(good_run, list(images), labels) - accuracy(good_run, prepared, labels)
     assert lost <= (0.06 if change == "small" else 0.02)
 
 
-def test_lines_of_a_thin_pen_are_made_as_thick_as_mnists(good_run: Path, digits, monkeypatch) -> None:
+def test_thin_strokes_are_thickened_to_those_of_mnist(good_run: Path, digits, monkeypatch) -> None:
     def thin(digit: Pixels) -> Pixels:
         inside = ndimage.distance_transform_edt(scaled(digit, 280) > 127)
         line = (inside > 0.75 * ndimage.maximum_filter(inside, 15)) & (inside > 0)
@@ -112,11 +112,11 @@ def test_lines_of_a_thin_pen_are_made_as_thick_as_mnists(good_run: Path, digits,
     files = [thin(digit) for digit in images]
     thick = accuracy(good_run, [prepare(saved(file)) for file in files], labels)
     assert thick > accuracy(good_run, list(images), labels) - 0.03
-    monkeypatch.setattr("mnist_lit.inference.images.THINNEST", 0)
+    monkeypatch.setattr("mnist_lit.inference.images.MIN_STROKE", 0)
     assert accuracy(good_run, [prepare(saved(file)) for file in files], labels) < thick
 
 
-def test_a_picture_in_mnists_form_is_left_as_it_is_in_every_format_and_mode(digits) -> None:
+def test_an_image_in_mnists_form_is_unchanged_in_every_format_and_mode(digits) -> None:
     digit = digits[0][0]
     grey = Image.fromarray(digit)
     for mode in ("L", "RGB", "RGBA", "LA", "P"):
@@ -131,27 +131,27 @@ def test_a_picture_in_mnists_form_is_left_as_it_is_in_every_format_and_mode(digi
     assert_same(prepare(saved(black_and_white)), (digit > 127) * np.uint8(255))
 
 
-def test_what_comes_out_has_mnists_form(digits) -> None:
+def test_the_result_has_mnists_form(digits) -> None:
     for digit in digits[0][:50]:
-        picture = to_mnist(255 - np.pad(scaled(digit), ((3, 90), (50, 0))).astype(np.float32))
-        assert picture.shape == (28, 28) and picture.dtype == np.uint8 and picture.max() == 255
-        rows, columns = np.flatnonzero(picture.any(1)), np.flatnonzero(picture.any(0))
+        image = to_mnist(255 - np.pad(scaled(digit), ((3, 90), (50, 0))).astype(np.float32))
+        assert image.shape == (28, 28) and image.dtype == np.uint8 and image.max() == 255
+        rows, columns = np.flatnonzero(image.any(1)), np.flatnonzero(image.any(0))
         assert max(np.ptp(rows), np.ptp(columns)) + 1 == 20
-        assert all(abs(center - 14) <= 0.6 for center in ndimage.center_of_mass(picture))
+        assert all(abs(center - 14) <= 0.6 for center in ndimage.center_of_mass(image))
 
 
-def test_a_phones_turned_picture_is_put_upright_and_its_preview_ignored(digits) -> None:
+def test_exif_orientation_is_applied_and_a_preview_is_ignored(digits) -> None:
     page = Image.fromarray(255 - np.pad(scaled(digits[0][0]), 20))
     upright = prepare(saved(page, "JPEG", quality=95))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° to the right
+    exif[0x0112] = 6  # rotate by 90° clockwise
     turned = saved(page.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
     assert abs(prepare(turned).astype(int) - upright).mean() < 3
     preview = saved(page, "MPO", quality=95, save_all=True, append_images=[page.resize((50, 50))])
     assert_same(prepare(preview), upright)
 
 
-def test_31_large_pictures_are_read_in_little_memory_and_time(digits) -> None:
+def test_31_large_images_are_read_at_a_reduced_size(digits) -> None:
     page = Image.new("RGB", (6000, 8000), "white")
     page.paste(Image.fromarray(255 - scaled(digits[0][0], 2000)), (3000, 1000))
     small = to_mnist(np.pad(255 - scaled(digits[0][0], 128), 64, constant_values=255).astype(np.float32))
@@ -171,16 +171,16 @@ def test_31_what_cannot_be_read_gets_one_line(digits, tmp_path: Path) -> None:
     bomb = saved(Image.new("1", (20_000, 20_000))).getvalue()
     (tmp_path / "folder").mkdir()
     cases: dict[str, list[Any]] = {
-        "there is no such file": [tmp_path / "nowhere.png"],
-        "cannot be read": [tmp_path / "folder"],
-        "is not a picture in PNG, JPEG, BMP, TIFF or WEBP format": [
+        r"cannot be read \(No such file or directory\)": [tmp_path / "nowhere.png"],
+        r"cannot be read \(Is a directory\)": [tmp_path / "folder"],
+        "is not an image in PNG, JPEG, BMP, TIFF or WEBP format": [
             io.BytesIO(b"hello"),
             io.BytesIO(),
             saved(two[0], "GIF", save_all=True, append_images=two[1:]),
         ],
         "is damaged": [io.BytesIO(png[: len(png) // 2]), io.BytesIO(broken(png, 60))],
         "has more than 80,000,000 pixels|more than 80,000,000": [io.BytesIO(bomb)],
-        "has 2 pictures in one file": [
+        "contains 2 images instead of one": [
             saved(two[0], format, save_all=True, append_images=two[1:]) for format in ("PNG", "TIFF", "WEBP")
         ],
         "is blank": [
@@ -192,17 +192,17 @@ def test_31_what_cannot_be_read_gets_one_line(digits, tmp_path: Path) -> None:
     }
     for sentence, files in cases.items():
         for file in files:
-            with warnings.catch_warnings(), pytest.raises(PictureError, match=sentence) as refused:
+            with warnings.catch_warnings(), pytest.raises(ImageError, match=sentence) as refused:
                 warnings.simplefilter("ignore")
                 prepare(file)
             assert "\n" not in str(refused.value)
 
 
-def test_31_pictures_of_odd_shapes_have_an_answer() -> None:
+def test_31_images_of_odd_shapes_are_read() -> None:
     for shape in ((1, 2), (2, 2), (3, 200), (200, 3), (7, 7), (1000, 9)):
-        picture = np.full(shape, 255, np.uint8)
-        picture[: max(1, shape[0] // 2), : max(1, shape[1] // 2)] = 0
-        assert prepare(saved(picture)).max() == 255
+        image = np.full(shape, 255, np.uint8)
+        image[: max(1, shape[0] // 2), : max(1, shape[1] // 2)] = 0
+        assert prepare(saved(image)).max() == 255
     cmyk = Image.fromarray(CHANGES["blue on white"](np.eye(28, dtype=np.uint8) * 255)).convert("CMYK")
     assert prepare(saved(cmyk, "JPEG")).max() == 255
 
@@ -220,17 +220,17 @@ def test_random_and_mutated_files_are_read_or_refused(digits) -> None:
             warnings.simplefilter("ignore")
             try:
                 assert prepare(file).shape == (28, 28)
-            except PictureError as error:
+            except ImageError as error:
                 assert "\n" not in str(error)
 
 
 def test_preprocess_none_takes_pixels_as_they_are(digits) -> None:
     assert_same(prepare(saved(255 - digits[0][0]), "none"), 255 - digits[0][0])
     assert_same(prepare(saved(np.zeros((28, 28), np.uint8)), "none"), np.zeros((28, 28), np.uint8))
-    with pytest.raises(PictureError, match="has 30x20 pixels, and preprocess=none takes 28x28"):
+    with pytest.raises(ImageError, match="has 30x20 pixels, but preprocess=none requires 28x28"):
         prepare(saved(np.zeros((20, 30), np.uint8)), "none")
 
 
-def test_processes_that_read_pictures_do_not_import_torch() -> None:
+def test_worker_processes_do_not_import_torch() -> None:
     code = "import sys, mnist_lit.predict; print([n for n in ('torch', 'hydra', 'matplotlib') if n in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"

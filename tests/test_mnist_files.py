@@ -1,4 +1,4 @@
-"""Finding, checking and downloading the files, against real servers on loopback."""
+"""Finding, verifying and downloading the files, from real servers on loopback."""
 
 import gzip
 import hashlib
@@ -26,7 +26,7 @@ from mnist_lit.storage.mnist_files import fetch_missing_files, missing_files, re
 
 @pytest.fixture
 def tiny(sample, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """Four small files in MNIST's format with real digits, whose checksums are the expected ones in this test."""
+    """Four small files in MNIST's format with real digits, whose checksums replace the expected ones."""
     contents = {}
     for prefix, images, labels in (
         ("train", sample.train_images[:200], sample.train_labels[:200]),
@@ -43,24 +43,24 @@ def tiny(sample, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
 
 
 class Mirror:
-    """A web server on loopback that gives the files it has, counts what it is asked for, and may be made to fail."""
+    """A web server on loopback that serves files, records the requested paths and can be made to fail."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = {f"/{name}.gz": gzip.compress(content) for name, content in files.items()}
-        self.asked: list[str] = []
-        self.trouble: str | None = None
+        self.requested: list[str] = []
+        self.failure: str | None = None
         mirror = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                mirror.asked.append(self.path)
+                mirror.requested.append(self.path)
                 if (content := mirror.files.get(self.path)) is None:
                     self.send_error(404)
                     return
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                match mirror.trouble:
+                match mirror.failure:
                     case None:
                         self.wfile.write(content)
                     case "sends nothing":
@@ -110,9 +110,9 @@ def test_missing_files_are_downloaded_once(tiny: dict[str, bytes], mirror: Mirro
     data.setup()
     assert (data.facts["train"], data.facts["test"]) == (200, 50)
     assert {path.name: path.read_bytes() for path in (tmp_path / "MNIST" / "raw").glob("*ubyte")} == tiny
-    asked = len(mirror.asked)
+    requested = len(mirror.requested)
     data.prepare_data()
-    assert len(mirror.asked) == asked == 4
+    assert len(mirror.requested) == requested == 4
 
 
 def test_a_bad_mirror_is_given_up_for_the_next(tiny, mirror: Mirror, tmp_path: Path, monkeypatch) -> None:
@@ -120,7 +120,7 @@ def test_a_bad_mirror_is_given_up_for_the_next(tiny, mirror: Mirror, tmp_path: P
     monkeypatch.setattr(MNIST, "mirrors", [bad.url, mirror.url])
     fetch_missing_files(tmp_path)
     assert not missing_files(tmp_path)
-    assert len(bad.asked) == 1  # and not asked again for the other three files
+    assert len(bad.requested) == 1  # and not tried again for the other three files
     bad.close()
 
 
@@ -131,38 +131,36 @@ def test_gz_files_put_there_by_hand_are_used(tiny: dict[str, bytes], no_mirror: 
     assert len(read_mnist(tmp_path)[0]) == 200
 
 
-def test_17_auto_warns_and_takes_the_sample_when_no_mirror_answers(no_mirror: str, tmp_path: Path, caplog) -> None:
+def test_17_auto_warns_and_uses_the_sample_when_no_mirror_responds(no_mirror: str, tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         data = MNISTDataModule(dir=str(tmp_path), source="auto")
         data.prepare_data()
         data.setup()
-        data.prepare_data()  # as Lightning does again before the test
+        data.prepare_data()  # as Lightning does before the test
     assert data.facts["name"] == "mnist-sample"
     assert caplog.text.count("NOT THE FULL MNIST") == 1 and no_mirror in caplog.text
 
 
-def test_17_mnist_refuses_when_no_mirror_answers_and_says_where_to_put_the_files(
-    no_mirror: str, tmp_path: Path
-) -> None:
+def test_17_mnist_stops_when_no_mirror_responds_and_says_where_to_put_the_files(no_mirror: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="could not be downloaded") as refusal:
         MNISTDataModule(dir=str(tmp_path), source="mnist").prepare_data()
     assert no_mirror in str(refusal.value) and str(tmp_path / "MNIST" / "raw") in str(refusal.value)
 
 
-@pytest.mark.parametrize("trouble", ["sends nothing", "stops half-way", "trickles"])
-def test_17_a_mirror_that_hangs_is_given_up_in_time(mirror: Mirror, tmp_path: Path, monkeypatch, trouble: str) -> None:
-    mirror.trouble = trouble
-    monkeypatch.setattr(mnist_files, "SECONDS_TO_ANSWER", 0.5)
+@pytest.mark.parametrize("failure", ["sends nothing", "stops half-way", "trickles"])
+def test_17_a_mirror_that_hangs_is_given_up_in_time(mirror: Mirror, tmp_path: Path, monkeypatch, failure: str) -> None:
+    mirror.failure = failure
+    monkeypatch.setattr(mnist_files, "TIMEOUT", 0.5)
     started = time.monotonic()
     with pytest.raises(mnist_files.DownloadError, match=r"127\.0\.0\.1"):
         fetch_missing_files(tmp_path)
     assert time.monotonic() - started < 5
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # no half a file
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # no partial file
 
 
 def test_17_two_mirrors_that_hang_are_given_up_within_a_minute() -> None:
-    to_begin_and_to_go_on = 2
-    assert len(MNIST.mirrors) * to_begin_and_to_go_on * mnist_files.SECONDS_TO_ANSWER < 60
+    to_respond_and_to_deliver = 2
+    assert len(MNIST.mirrors) * to_respond_and_to_deliver * mnist_files.TIMEOUT < 60
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "train and test swapped"])
@@ -178,7 +176,9 @@ def test_14_damaged_files_are_refused_by_name(tiny: dict[str, bytes], tmp_path: 
             contents[name] = contents["train-images-idx3-ubyte"]
     for file, content in contents.items():
         (tmp_path / file).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name} is damaged \(sha256 .* expected, .* found\): rm .* repairs it"):
+    with pytest.raises(
+        UserError, match=rf"{name} is damaged \(sha256 .* expected, .* found\): delete it \(rm .*\) and the next run"
+    ):
         read_mnist(tmp_path)
 
 
@@ -196,11 +196,11 @@ def test_16_labels_above_9_and_other_counts_are_found_when_the_data_are_set_up(t
 
 
 def fetching(raw: Path) -> int:
-    """A process that fetches what is missing; returns its id."""
+    """Fork a process that fetches the missing files; returns its id."""
     if process := os.fork():
         return process
     code = 1
-    tqdm.set_lock(threading.RLock())  # else a fork shares it, and one that is killed may keep it for ever
+    tqdm.set_lock(threading.RLock())  # a fork shares the lock, and keeps it for ever if it is killed
     try:
         fetch_missing_files(raw)
         code = 0
@@ -210,18 +210,18 @@ def fetching(raw: Path) -> int:
 
 def test_18_four_processes_that_start_together_download_once(tiny, mirror: Mirror, tmp_path: Path) -> None:
     codes = [os.waitpid(process, 0)[1] for process in [fetching(tmp_path) for _ in range(4)]]
-    assert codes == [0, 0, 0, 0] and len(mirror.asked) == 4 and not missing_files(tmp_path)
+    assert codes == [0, 0, 0, 0] and len(mirror.requested) == 4 and not missing_files(tmp_path)
 
 
 def test_19_killed_while_downloading_the_next_run_repairs_it(tiny, mirror: Mirror, tmp_path: Path) -> None:
-    mirror.trouble = "stops half-way"
+    mirror.failure = "stops half-way"
     process = fetching(tmp_path)
-    while not mirror.asked:
+    while not mirror.requested:
         time.sleep(0.01)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    (tmp_path / ".part-x").write_bytes(b"half a file")  # as if it had been killed while it wrote
-    mirror.trouble = None
+    (tmp_path / ".part-x").write_bytes(b"half a file")  # as if killed while writing
+    mirror.failure = None
     fetch_missing_files(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*tiny, ".lock"}
     assert len(read_mnist(tmp_path)[0]) == 200
@@ -244,7 +244,7 @@ def test_15_leftover_processed_files_are_not_read(tiny: dict[str, bytes], tmp_pa
 def test_a_file_in_place_of_the_data_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for source in ("mnist", "auto"):
-        with pytest.raises(UserError, match="there is a file of that name on the way"):
+        with pytest.raises(UserError, match="part of this path is a file"):
             MNISTDataModule(dir=str(tmp_path / "file"), source=source).prepare_data()
 
 

@@ -1,4 +1,4 @@
-"""Predicting pictures, as a function and as a command; the numbers are the rows of docs/faults.md."""
+"""Predictions for image files, as a function and as a command; the numbers are the rows of docs/faults.md."""
 
 import csv
 import json
@@ -16,20 +16,20 @@ from PIL import Image
 
 from mnist_lit import UserError, predict
 from mnist_lit.inference.trained import load
-from mnist_lit.predict import COLUMNS, find_pictures
-from mnist_lit.predict import predict as predict_pictures
+from mnist_lit.predict import COLUMNS, find_images
+from mnist_lit.predict import predict as predict_images
 
 
 @pytest.fixture
 def scans(digits, tmp_path: Path) -> Path:
-    """Twelve digits as files, some in a folder below, beside what is no picture."""
+    """Twelve digits as files, some in a subfolder, beside files that are not images."""
     folder = tmp_path / "scans (1), mine"
     (folder / "more").mkdir(parents=True)
     for n in range(12):
         place = folder / "more" if n % 3 == 0 else folder
         Image.fromarray(digits[0][n]).save(place / f"{n:02}.{('png', 'tif', 'bmp')[n % 3]}")
-    (folder / "notes.txt").write_text("not a picture")
-    (folder / ".hidden.png").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden.png").write_text("not an image")
     return folder
 
 
@@ -38,7 +38,7 @@ def number(row: dict) -> int:
 
 
 def test_rows_have_the_networks_own_probabilities(good_run: Path, digits, scans: Path) -> None:
-    rows = predict_pictures(scans, good_run)
+    rows = predict_images(scans, good_run)
     assert sorted(map(number, rows)) == list(range(12))
     with torch.inference_mode():
         expected = load(good_run)(torch.from_numpy(digits[0][:12]).unsqueeze(1) / 255)
@@ -49,35 +49,35 @@ def test_rows_have_the_networks_own_probabilities(good_run: Path, digits, scans:
         assert row["digit"] == int(np.argmax(probabilities)) and row["probability"] == max(probabilities)
 
 
-def test_many_pictures_read_by_other_processes_give_the_same_rows(
+def test_many_images_read_by_worker_processes_give_the_same_rows(
     good_run: Path, scans: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (scans / "broken.png").write_text("no picture")
-    here = predict_pictures(scans, good_run)
-    monkeypatch.setattr(predict, "MANY", 2)
-    monkeypatch.setattr(predict, "BATCH", 5)
-    there = predict_pictures(scans, good_run)
+    (scans / "broken.png").write_text("no image")
+    here = predict_images(scans, good_run)
+    monkeypatch.setattr(predict, "MIN_PARALLEL", 2)
+    monkeypatch.setattr(predict, "BATCH_SIZE", 5)
+    there = predict_images(scans, good_run)
     for one, other in zip(here, there, strict=True):
         assert one["file"] == other["file"] and one["error"] == other["error"]
         assert one["probability"] == pytest.approx(other["probability"], abs=2e-6)
     assert sum(row["error"] is not None for row in there) == 1
 
 
-def test_files_folders_and_patterns_each_picture_once(scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_folders_and_patterns_each_image_once(scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(scans)
     shutil.copy("01.tif", "[1].tif")
-    found = list(find_pictures(["[1].tif", "0?.bmp", "more/", "more/00.png", "*.xyz", "nowhere.png", "m*"]))
+    found = list(find_images(["[1].tif", "0?.bmp", "more/", "more/00.png", "*.xyz", "nowhere.png", "m*"]))
     assert found == [
         ("[1].tif", ""),
         *((f"0{n}.bmp", "") for n in (2, 5, 8)),
         *((f"more/0{n}.png", "") for n in (0, 3, 6, 9)),
-        ("*.xyz", "no file is of this pattern"),
-        ("nowhere.png", "there is no such file"),
+        ("*.xyz", "no file matches this pattern"),
+        ("nowhere.png", "no such file"),
     ]
-    assert len(list(find_pictures(["**/*"]))) == 14  # all, of any ending: what is asked for is tried
+    assert len(list(find_images(["**/*"]))) == 14  # files that a pattern names are tried whatever their suffix
     (scans / "empty").mkdir()
-    ((_, error),) = find_pictures(["empty"])
-    assert error.startswith("there are no pictures in this folder")
+    ((_, error),) = find_images(["empty"])
+    assert error.startswith("this folder has no images (.png, ")
 
 
 def test_27_what_is_in_the_way_is_refused_unless_it_may_be_overwritten(good_run: Path, scans: Path) -> None:
@@ -88,18 +88,18 @@ def test_27_what_is_in_the_way_is_refused_unless_it_may_be_overwritten(good_run:
         ({"contact_sheet": scans / "old.png"}, "exists already"),
         ({"output": scans / "new.xlsx"}, "must end in .csv or .json"),
         ({"output": scans / "nowhere" / "new.csv"}, "there is no folder"),
-        ({"images": scans / "nowhere.png"}, "there is no such file"),
-        ({"images": [str(scans / "*.gif"), str(scans / "x.png")]}, "no file is of this pattern; .*no such file"),
+        ({"images": scans / "nowhere.png"}, "nowhere.png: no such file"),
+        ({"images": [str(scans / "*.gif"), str(scans / "x.png")]}, "no file matches this pattern; .*no such file"),
         ({"ckpt": scans / "nowhere"}, "there is no such checkpoint or run"),
     ):
         with pytest.raises(UserError, match=sentence):
-            predict_pictures(**{"images": scans, "ckpt": good_run, **values})  # type: ignore[arg-type]
+            predict_images(**{"images": scans, "ckpt": good_run, **values})  # type: ignore[arg-type]
     assert (scans / "old.csv").read_text() == (scans / "old.png").read_text() == "mine"
-    predict_pictures(scans / "01.tif", good_run, scans / "old.csv", overwrite=True)
+    predict_images(scans / "01.tif", good_run, scans / "old.csv", overwrite=True)
     assert (scans / "old.csv").read_text().startswith("file,digit,probability,p0,")
 
 
-def test_31_predict_as_a_command_with_good_and_bad_pictures(
+def test_31_predict_as_a_command_with_good_and_bad_images(
     good_run: Path, digits, scans: Path, command: Command
 ) -> None:
     (scans / "cut.png").write_bytes((scans / "more" / "00.png").read_bytes()[:100])
@@ -110,12 +110,12 @@ def test_31_predict_as_a_command_with_good_and_bad_pictures(
     before = {path.name for path in folder.iterdir()}
     done = command(*arguments, "output=result 1.csv", cwd=folder, verb=verb)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stdout == "result 1.csv: 12 pictures\n"
+    assert done.stdout == "result 1.csv: 12 images\n"
     summary, blank, cut, text = sorted(done.stderr.splitlines())
-    assert summary == "predict: 3 of 15 could not be predicted"
+    assert summary == "predict: 3 of 15 images could not be predicted"
     assert blank == "scans (1), mine/blank.png: is blank"
     assert cut.startswith("scans (1), mine/cut.png: is damaged (")
-    assert text == "scans (1), mine/text.png: is not a picture in PNG, JPEG, BMP, TIFF or WEBP format"
+    assert text == "scans (1), mine/text.png: is not an image in PNG, JPEG, BMP, TIFF or WEBP format"
     with (folder / "result 1.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS and len(rows) == 15

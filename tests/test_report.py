@@ -1,4 +1,4 @@
-"""The page about a run, as text and in a browser."""
+"""The HTML page about a run, as text and in a browser."""
 
 import html.parser
 import re
@@ -18,7 +18,7 @@ WITHOUT_END = {"meta", "img", "br", "path", "use", "rect"}
 
 
 class Nesting(html.parser.HTMLParser):
-    """Follows which elements are open, and collects what the page refers to and what it says."""
+    """Checks that elements are nested properly, and collects ids, references and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,40 +54,46 @@ def read(path: Path) -> Nesting:
     return page
 
 
-def test_a_runs_page_is_one_whole_file_that_refers_to_nothing_else(validated_run: Path) -> None:
+def test_the_page_of_a_run_is_self_contained(validated_run: Path) -> None:
     page = read(validated_run / "report.html")
     assert all(place.startswith(("data:image/png;base64,", "#")) for place in page.places)
     assert {place[1:] for place in page.places if place.startswith("#")} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
     text = (validated_run / "report.html").read_text()
     assert not re.search(r"url\((?!#)|@import|<script", text)
-    for part in ("Not the full MNIST", "3,800 images to train on, 200 to validate", "lr: 50", "torch ", "best (epoch"):
+    for part in (
+        "Not the full MNIST",
+        "3,800 training, 200 validation, 1,000 test images",
+        "lr: 50",
+        "torch ",
+        "best (epoch",
+    ):
         assert part in page.text, part
     assert page.text.count("no. ") == 40  # the worst of many mistakes
     assert len(re.findall(r'alt="filter \d+"', text)) == 32
 
 
-def test_the_worst_mistakes_come_first_and_none_that_is_right(tmp_path: Path) -> None:
-    answers = PredictionCollector()
-    answers.labels = torch.tensor([3, 3, 3, 3])
-    answers.probabilities = torch.full((4, 10), 0.01)
+def test_the_most_confident_mistakes_come_first(tmp_path: Path) -> None:
+    predictions = PredictionCollector()
+    predictions.labels = torch.tensor([3, 3, 3, 3])
+    predictions.probabilities = torch.full((4, 10), 0.01)
     for row, (digit, probability) in enumerate([(3, 0.9), (5, 0.5), (8, 0.8), (7, 0.6)]):
-        answers.probabilities[row, digit] = probability
-    answers.images = torch.zeros(4, 28, 28, dtype=torch.uint8)
-    write(tmp_path, answers, network=torch.nn.Linear(1, 1), config={"text": "<script>alert(1)</script>"})
+        predictions.probabilities[row, digit] = probability
+    predictions.images = torch.zeros(4, 28, 28, dtype=torch.uint8)
+    write(tmp_path, predictions, network=torch.nn.Linear(1, 1), config={"text": "<script>alert(1)</script>"})
     page = read(tmp_path / "report.html")
     assert [int(n) for n in re.findall(r"no\. (\d)", page.text)] == [2, 3, 1]
     assert re.findall(r"3 → (\d)", page.text) == ["8", "7", "5"]
-    assert "All 3 wrong answers" in page.text and "80.0 %" in page.text
-    assert "filters" not in page.text  # its first layer is no convolution
+    assert "All 3 wrong predictions, most confident first" in page.text and "80.0 %" in page.text
+    assert "Filters" not in page.text  # the first layer is not a convolution
     assert "<script>alert(1)</script>" in page.text  # as text
 
 
-def write(folder: Path, answers: PredictionCollector, network: torch.nn.Module, config: dict) -> None:
+def write(folder: Path, predictions: PredictionCollector, network: torch.nn.Module, config: dict) -> None:
     results = {
         "test/loss": float("nan"),
         "test/acc": 0.25,
-        **scores(answers.probabilities, answers.labels),
+        **scores(predictions.probabilities, predictions.labels),
         "ckpt": "outputs/a run/checkpoints/last.ckpt",
         "trained_on": [{"name": "unknown"}],
         "test_seconds": 0.1,
@@ -97,14 +103,14 @@ def write(folder: Path, answers: PredictionCollector, network: torch.nn.Module, 
         "data": {"name": "mnist", "train": 1, "val": 0, "test": 4, "sha256": "ab" * 32},
         "versions": runs.versions(),
     }
-    write_report(folder / "report.html", results, config, answers, network)
+    write_report(folder / "report.html", results, config, predictions, network)
 
 
 def test_a_network_without_mistakes_has_a_page_too(tmp_path: Path) -> None:
-    answers = PredictionCollector()
-    answers.labels, answers.probabilities = torch.arange(10), torch.eye(10)
-    answers.images = torch.zeros(10, 28, 28, dtype=torch.uint8)
-    write(tmp_path, answers, TutorialCNN(), {})
+    predictions = PredictionCollector()
+    predictions.labels, predictions.probabilities = torch.arange(10), torch.eye(10)
+    predictions.images = torch.zeros(10, 28, 28, dtype=torch.uint8)
+    write(tmp_path, predictions, TutorialCNN(), {})
     assert "There are none." in read(tmp_path / "report.html").text
 
 
@@ -112,14 +118,14 @@ def test_a_network_without_mistakes_has_a_page_too(tmp_path: Path) -> None:
 def test_in_a_browser_the_page_fits_a_laptop_and_a_phone(
     browser: Browser, validated_run: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    shutil.copy(validated_run / "report.html", tmp_path / "report.html")  # alone, so that nothing else can be needed
+    shutil.copy(validated_run / "report.html", tmp_path / "report.html")  # the page alone, without the rest of the run
     page = browser(width, 800, scheme)
     page.goto((tmp_path / "report.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     sizes = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.clientWidth, i.clientHeight])")
     assert len(sizes) == 72 and all(natural and abs(w - h) <= 1 and w > 20 for natural, w, h in sizes)
     assert page.evaluate("[...document.querySelectorAll('svg')].every(s => s.clientWidth > 250)")
-    # Axis labels take the page's colour: they can be read on a dark page, too.
+    # Axis labels have the page's text colour, so they are legible in dark mode.
     color, back = (
         page.evaluate(f"getComputedStyle(document.querySelector('{element}')).{what}")
         for element, what in (("svg text", "fill"), ("body", "backgroundColor"))

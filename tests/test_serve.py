@@ -1,4 +1,4 @@
-"""The server as its users meet it: over a socket, and with a mouse in a browser."""
+"""The server as its users see it: over a socket, and in a browser."""
 
 import contextlib
 import http.client
@@ -33,7 +33,7 @@ ZERO = json.dumps({"pixels": [0.0] * 784}).encode()
 
 @contextlib.contextmanager
 def running(*overrides: str) -> Iterator[tuple[int, str]]:
-    """The port of a server of its own process, and what it had printed when it was ready."""
+    """Start a server process; yields its port and its output up to the ready line."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mnist_lit.serve", "port=0", *overrides],
         cwd=ROOT,
@@ -43,13 +43,13 @@ def running(*overrides: str) -> Iterator[tuple[int, str]]:
     )
     try:
         assert process.stdout
-        said = ""
-        while not (ready := re.search(r"ready: http://127\.0\.0\.1:(\d+)", said)):
+        output = ""
+        while not (ready := re.search(r"ready: http://127\.0\.0\.1:(\d+)", output)):
             line = process.stdout.readline()
-            assert line, said
-            said += line
-        yield int(ready[1]), said
-        assert process.poll() is None, process.stdout.read()  # whatever was sent to it, it lives
+            assert line, output
+            output += line
+        yield int(ready[1]), output
+        assert process.poll() is None, process.stdout.read()  # it has survived all requests
     finally:
         process.terminate()
         process.wait(20)
@@ -64,7 +64,7 @@ def port(good_run: Path) -> Iterator[int]:
 def ask(
     port: int, body: bytes = b"", path: str = "/predict", method: str = "POST", **headers: str
 ) -> tuple[int, Any, dict[str, str]]:
-    """Status, JSON and headers of the answer."""
+    """Status, JSON body and headers of the response."""
     connection = http.client.HTTPConnection(HOST, port, timeout=30)
     try:
         connection.request(method, path, body, headers)
@@ -83,14 +83,14 @@ def png(image: np.ndarray, format: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def refused(answer: tuple[int, Any, dict[str, str]], status: int, sentence: str) -> bool:
-    """Whether it is the expected error, as JSON, and says nothing of the server's files and code."""
-    found, body, _ = answer
+def refused(response: tuple[int, Any, dict[str, str]], status: int, sentence: str) -> bool:
+    """Whether it is the expected error, as JSON that reveals nothing about the server's files and code."""
+    found, body, _ = response
     assert (found, list(body)) == (status, ["error"]) and sentence in body["error"], body
     return not re.search(r"Traceback|File \"|\.py|/home|/root|/usr|site-packages", body["error"])
 
 
-def test_the_answers_are_the_models_own(port: int, good_run: Path, digits) -> None:
+def test_predictions_are_those_of_the_model(port: int, good_run: Path, digits) -> None:
     import torch
 
     from mnist_lit.inference.trained import load
@@ -102,15 +102,15 @@ def test_the_answers_are_the_models_own(port: int, good_run: Path, digits) -> No
     for image, probabilities in zip(images, expected, strict=True):
         numbers = json.dumps({"pixels": (image / 255).reshape(-1).tolist()}).encode()
         for body in (png(image), numbers):
-            status, answer, _ = ask(port, body)
-            assert status == 200 and list(answer) == ["digit", "probabilities"]
-            np.testing.assert_allclose(answer["probabilities"], probabilities, atol=1e-5)
-            assert answer["digit"] == probabilities.argmax()
-        status, answer, _ = ask(port, png(image), path="/predict?pixels=true")
-        np.testing.assert_allclose(answer["pixels"], image.reshape(-1) / 255, atol=0.001)
+            status, response, _ = ask(port, body)
+            assert status == 200 and list(response) == ["digit", "probabilities"]
+            np.testing.assert_allclose(response["probabilities"], probabilities, atol=1e-5)
+            assert response["digit"] == probabilities.argmax()
+        status, response, _ = ask(port, png(image), path="/predict?pixels=true")
+        np.testing.assert_allclose(response["pixels"], image.reshape(-1) / 255, atol=0.001)
 
 
-def test_a_large_photo_of_a_digit_is_brought_to_mnists_form(port: int, digits) -> None:
+def test_a_large_photo_of_a_digit_is_normalized(port: int, digits) -> None:
     images, labels = digits
     seven = images[list(labels).index(7)]
     photo = np.full((900, 700), 230, np.uint8)
@@ -130,7 +130,7 @@ def test_32_a_port_in_use_and_a_bad_checkpoint_end_it_before_it_is_ready(
 ) -> None:
     from mnist_lit.serve import serve
 
-    with pytest.raises(UserError, match=rf"port={port}: cannot listen there"):
+    with pytest.raises(UserError, match=rf"port={port}: cannot listen on it"):
         serve(good_run, port=port)
     bad = tmp_path / "bad.ckpt"
     bad.write_bytes((good_run / "checkpoints" / "last.ckpt").read_bytes()[:5000])
@@ -146,7 +146,7 @@ def test_32_a_port_in_use_and_a_bad_checkpoint_end_it_before_it_is_ready(
     assert sentence.startswith("serve: ") and sentence.count("\n") == 1 and "damaged" in sentence
 
 
-def test_33_what_is_wrong_is_said_as_json_and_the_next_good_request_is_answered(port: int) -> None:
+def test_33_errors_are_json_and_the_next_good_request_is_answered(port: int) -> None:
     def pixels(value: Any, count: int = 784) -> bytes:
         return json.dumps({"pixels": [value] * count}).encode()
 
@@ -154,14 +154,14 @@ def test_33_what_is_wrong_is_said_as_json_and_the_next_good_request_is_answered(
     good = png(np.eye(28, dtype=np.uint8) * 255)
     for body, status, sentence in (
         (b"\0" * (2**20 + 1), 413, "larger than 1,048,576 bytes"),
-        (b"\0" * 2**20, 415, "send a PNG or JPEG"),
-        (b"", 415, "send a PNG or JPEG"),
-        (b"GIF89a" + b"\0" * 100, 415, "send a PNG or JPEG"),
+        (b"\0" * 2**20, 415, "send a PNG or JPEG image"),
+        (b"", 415, "send a PNG or JPEG image"),
+        (b"GIF89a" + b"\0" * 100, 415, "send a PNG or JPEG image"),
         (good[:45], 422, "damaged"),
         (huge, 422, "1024x1025 pixels"),
         (png(np.full((50, 50), 255, np.uint8)), 422, "is blank"),
-        (b"{", 400, "no JSON"),
-        (b"[" * 500_000, 400, "no JSON"),
+        (b"{", 400, "not valid JSON"),
+        (b"[" * 500_000, 400, "not valid JSON"),
         (b"[1]", 422, '{"pixels": [784 numbers]}'),
         (b'{"pixel": [1]}', 422, '{"pixels": [784 numbers]}'),
         (pixels(0, 783), 422, '{"pixels": [784 numbers]}'),
@@ -175,7 +175,7 @@ def test_33_what_is_wrong_is_said_as_json_and_the_next_good_request_is_answered(
     ):
         assert refused(ask(port, body), status, sentence), (status, sentence)
         assert ask(port, good)[0] == 200
-    assert refused(ask(port, method="GET"), 405, "with POST")
+    assert refused(ask(port, method="GET"), 405, "send the image with POST")
     assert refused(ask(port, path="/", method="POST"), 405, "")
     assert refused(ask(port, path="/nothing", method="GET"), 404, "")
 
@@ -205,19 +205,19 @@ def test_33_a_slow_upload_ends_after_five_seconds(port: int) -> None:
         start = time.monotonic()
         sender = threading.Thread(target=_trickle, args=(slow,), daemon=True)
         sender.start()
-        answer = _until_closed(slow)
-    assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive in 5 seconds" in answer
+        response = _until_closed(slow)
+    assert response.startswith(b"HTTP/1.1 408") and b"did not arrive within 5 seconds" in response
     assert 4 < time.monotonic() - start < 9
     assert ask(port, ZERO)[0] == 200
 
 
 def _until_closed(connection: socket.socket) -> bytes:
-    """All that arrives; a server that closes while more is on its way to it resets the connection after its answer."""
-    answer = b""
+    """Everything received; a server that closes while data is still arriving resets the connection after responding."""
+    response = b""
     with contextlib.suppress(ConnectionResetError):
         while chunk := connection.recv(4096):
-            answer += chunk
-    return answer
+            response += chunk
+    return response
 
 
 def _trickle(connection: socket.socket) -> None:
@@ -227,8 +227,8 @@ def _trickle(connection: socket.socket) -> None:
             time.sleep(0.5)
 
 
-def test_33_of_200_connections_at_once_some_are_asked_to_come_back(port: int, digits) -> None:
-    """Half of a body keeps each of them under way, so that they are at once in truth."""
+def test_33_of_200_concurrent_requests_some_are_told_to_retry(port: int, digits) -> None:
+    """Sending half of each body first keeps all of them in progress at the same time."""
     image = png(digits[0][0])
     head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(image)}\r\nConnection: close\r\n\r\n"
     with contextlib.ExitStack() as stack:
@@ -237,19 +237,19 @@ def test_33_of_200_connections_at_once_some_are_asked_to_come_back(port: int, di
             connection.sendall(head.encode() + image[:50])
         time.sleep(0.5)
         for connection in connections:
-            with contextlib.suppress(OSError):  # it has its answer, and is closed
+            with contextlib.suppress(OSError):  # already answered and closed
                 connection.sendall(image[50:])
-        answers = [_until_closed(connection) for connection in connections]
-    statuses = [int(answer.split()[1]) for answer in answers]
+        responses = [_until_closed(connection) for connection in connections]
+    statuses = [int(response.split()[1]) for response in responses]
     assert statuses.count(200) == 64 and statuses.count(503) == 136, statuses
-    for answer in answers:
-        json.loads(answer.partition(b"\r\n\r\n")[2])
-    assert all(b"retry-after: 1" in answer for answer in answers if b" 503 " in answer)
+    for response in responses:
+        json.loads(response.partition(b"\r\n\r\n")[2])
+    assert all(b"retry-after: 1" in response for response in responses if b" 503 " in response)
     assert ask(port, image)[0] == 200
 
 
 def test_33_random_and_mutated_bodies(port: int, digits) -> None:
-    """3,000 bodies, from eight connections at a time: none may end it, none may be its fault."""
+    """3,000 bodies over eight connections at a time: none may stop the server or cause a 5xx other than 503."""
     draw = random.Random(0)
     photo = np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8)
     seeds = [png(digits[0][0]), png(digits[0][1], "JPEG"), png(photo), png(photo, "JPEG"), ZERO]
@@ -274,8 +274,8 @@ def test_33_random_and_mutated_bodies(port: int, digits) -> None:
     bodies = [mutated() if number % 10 else draw.randbytes(draw.randrange(3000)) for number in range(3000)]
 
     def status(body: bytes) -> int:
-        status, answer, _ = ask(port, body)
-        assert (status == 200) == ("digit" in answer)
+        status, response, _ = ask(port, body)
+        assert (status == 200) == ("digit" in response)
         return status
 
     with ThreadPoolExecutor(8) as pool:
@@ -284,15 +284,15 @@ def test_33_random_and_mutated_bodies(port: int, digits) -> None:
     assert ask(port, seeds[0])[0] == 200
 
 
-def test_allow_remote_listens_for_others_and_says_so(good_run: Path) -> None:
-    with running(f"ckpt={good_run}", "allow_remote=true") as (port, said):
-        assert "warning: every machine" in said
+def test_allow_remote_accepts_other_machines_with_a_warning(good_run: Path) -> None:
+    with running(f"ckpt={good_run}", "allow_remote=true") as (port, output):
+        assert "warning: any machine that can reach this one" in output
         assert ask(port, path="/health", method="GET", Host="this-machine.example")[0] == 200
         with socket.create_connection(("127.0.0.2", port), timeout=5):
             pass
 
 
-def test_without_allow_remote_only_this_machine_is_listened_to(port: int) -> None:
+def test_without_allow_remote_only_loopback_is_listened_on(port: int) -> None:
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.2", port), timeout=5):
         pass
 
@@ -311,7 +311,7 @@ STROKES[0][1] += [(0.66, 0.28), (0.5, 0.15)]
 
 
 @pytest.mark.parametrize(("width", "height", "scheme"), [(1200, 800, "light"), (390, 844, "dark")])
-def test_digits_drawn_with_the_mouse_are_read(
+def test_digits_drawn_with_the_mouse_are_recognized(
     port: int, browser: Browser, width: int, height: int, scheme: str
 ) -> None:
     page = browser(width, height, scheme)
@@ -333,7 +333,7 @@ def test_digits_drawn_with_the_mouse_are_read(
         assert page.locator("progress").nth(digit).evaluate("bar => bar.value") > 0.5
         seen = page.locator("#seen").evaluate("c => [...c.getContext('2d').getImageData(0, 0, 28, 28).data]")
         grey = np.array(seen).reshape(28, 28, 4)[..., 0]
-        assert grey.max() > 200 and not grey[0].any()  # light on dark, whatever the scheme
+        assert grey.max() > 200 and not grey[0].any()  # light on dark in either colour scheme
         page.get_by_role("button", name="Clear").click()
         page.get_by_text("Nothing drawn yet").wait_for()
         assert page.locator("progress").nth(digit).evaluate("bar => bar.value") == 0
@@ -341,7 +341,7 @@ def test_digits_drawn_with_the_mouse_are_read(
     assert all(url.startswith(f"http://{HOST}:{port}/") for url in requests)
 
 
-def test_the_keyboard_draws_too(port: int, browser: Browser) -> None:
+def test_digits_can_be_drawn_with_the_keyboard(port: int, browser: Browser) -> None:
     page = browser(1200, 800, "light")
     page.goto(f"http://{HOST}:{port}/")
     page.keyboard.press("Tab")

@@ -1,4 +1,4 @@
-"""``ckpt=`` and the trained network without Lightning."""
+"""Resolving ``ckpt=`` and loading a trained network without Lightning."""
 
 import os
 import shutil
@@ -34,11 +34,11 @@ def test_latest_is_the_newest_run_with_a_checkpoint_jobs_of_sweeps_too(
         os.utime(folder / "config.yaml", times=(2e9 - age, 2e9 - age))
     for name in (runs.LAST, runs.PREVIOUS):
         (Path("outputs/without") / name).unlink()
-    hydra = Path("outputs/newest_evaluate/.hydra")  # what Hydra notes down there is no run
+    hydra = Path("outputs/newest_evaluate/.hydra")  # made by Hydra, not a run
     hydra.mkdir(parents=True)
     (hydra / "config.yaml").touch()
     assert find(resolve("latest")) == Path("outputs/sweep/0") / runs.LAST
-    Path("latest").mkdir()  # a folder of that name is meant by it
+    Path("latest").mkdir()  # a folder of that name takes precedence
     with pytest.raises(UserError, match="ckpt=latest: there is no checkpoint in this folder"):
         find(resolve("latest"))
 
@@ -54,7 +54,7 @@ def test_07_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(finis
         find(tmp_path / "nowhere")
 
 
-def test_the_network_alone_answers_as_the_whole_model_does(validated_run: Path, sample) -> None:
+def test_the_network_alone_predicts_as_the_classifier_does(validated_run: Path, sample) -> None:
     images, _ = next(iter(sample.test_dataloader()))
     model = load(validated_run)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_loading_needs_neither_lightning_nor_torchvision(finished_run: Path) -> 
     assert found == "[]\n"
 
 
-def test_a_model_of_the_full_set_is_not_to_be_tested_on_the_samples_digits() -> None:
+def test_a_model_of_the_full_set_is_not_tested_on_the_sample() -> None:
     full, sample = {"name": "mnist"}, {"name": "mnist-sample"}
     assert "data.source=mnist" in why_not_to_test([sample, full], "mnist-sample")
     assert not why_not_to_test([sample], "mnist-sample")

@@ -1,1 +1,1 @@
-"""A trained network ready to use, pictures brought to MNIST's form, and the page that serves it."""
+"""Using a trained model: loading it, bringing images into MNIST's form, and the web application."""

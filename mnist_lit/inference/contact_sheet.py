@@ -1,4 +1,4 @@
-"""One picture of many small ones, with what was said of each."""
+"""Contact sheets: many small images on one, each with its prediction."""
 
 import io
 import math
@@ -7,33 +7,36 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MAX_PICTURES = 1_000  # pictures on a sheet
-WIDTH, HEIGHT, PICTURE, GAP = 112, 146, 84, 14
+MAX_IMAGES = 1_000  # per sheet
+WIDTH, HEIGHT, SIZE, GAP = 112, 146, 84, 14  # pixels: a cell, the image in it, and the gap between images
 
 
-def contact_sheet_of(rows: list[dict[str, Any]], pictures: list[np.ndarray | None]) -> bytes:
-    """A PNG with the first pictures, uint8 [28, 28], their digits, probabilities and names.
+def contact_sheet_of(rows: list[dict[str, Any]], images: list[np.ndarray | None]) -> bytes:
+    """A PNG file showing the first ``MAX_IMAGES`` images with their predicted digits, probabilities and file names.
 
     Args:
-        rows: What ``predict`` returns of them.
-        pictures: None stands for one that could not be read.
+        rows: The predictions, as ``predict`` returns them.
+        images: uint8 [28, 28] each, or None for an image that could not be read.
     """
-    shown = list(zip(rows, pictures, strict=False))[:MAX_PICTURES]
-    columns = min(12, max(4, math.ceil(math.sqrt(len(shown)))))
-    sheet = Image.new("RGB", (columns * WIDTH, math.ceil(len(shown) / columns) * HEIGHT), "white")
+    cells = list(zip(rows, images, strict=False))[:MAX_IMAGES]
+    columns = min(12, max(4, math.ceil(math.sqrt(len(cells)))))
+    sheet = Image.new("RGB", (columns * WIDTH, math.ceil(len(cells) / columns) * HEIGHT), "white")
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(11)
-    for place, (row, pixels) in enumerate(shown):
-        left, top = place % columns * WIDTH + GAP, place // columns * HEIGHT + GAP
-        name = str(row["file"]).rpartition("/")[2].encode("ascii", "replace").decode()  # what the font can show
+    for i, (row, pixels) in enumerate(cells):
+        left, top = i % columns * WIDTH + GAP, i // columns * HEIGHT + GAP
+        name = str(row["file"]).rpartition("/")[2].encode("ascii", "replace").decode()  # the font has ASCII only
         name = name if len(name) <= 15 else f"{name[:6]}...{name[-6:]}"
         if pixels is None:
-            draw.rectangle((left, top, left + PICTURE, top + PICTURE), fill="#eeeeee")
-            draw.text((left, top + PICTURE + 3), "not read", fill="#b00020", font=large)
+            draw.rectangle((left, top, left + SIZE, top + SIZE), fill="#eeeeee")
+            text, color = "unreadable", "#b00020"
         else:
-            sheet.paste(Image.fromarray(pixels).resize((PICTURE, PICTURE), Image.Resampling.NEAREST), (left, top))
-            sure = "black" if row["probability"] >= 0.9 else "#b00020"
-            draw.text((left, top + PICTURE + 3), f"{row['digit']}   {row['probability']:.1%}", fill=sure, font=large)
-        draw.text((left, top + PICTURE + 23), name, fill="#555555", font=small)
+            sheet.paste(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.NEAREST), (left, top))
+            text, color = (
+                f"{row['digit']}   {row['probability']:.1%}",
+                "#b00020" if row["probability"] < 0.9 else "black",
+            )
+        draw.text((left, top + SIZE + 3), text, fill=color, font=large)
+        draw.text((left, top + SIZE + 23), name, fill="#555555", font=small)
     file = io.BytesIO()
     sheet.save(file, format="PNG")
     return file.getvalue()

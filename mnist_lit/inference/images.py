@@ -1,4 +1,7 @@
-"""From any picture of a digit to MNIST's form. Only Pillow, NumPy and SciPy: processes that read pictures start fast."""
+"""Read an image of a digit from any file and normalize it to the form of MNIST's images.
+
+Imports only Pillow, NumPy and SciPy, so that worker processes start quickly.
+"""
 
 import struct
 import zlib
@@ -11,110 +14,105 @@ from scipy import ndimage
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 80_000_000  # four times what a phone's camera makes; a few hundred megabytes when they are unpacked
+MAX_PIXELS = 80_000_000  # four times a phone camera's resolution; a few hundred megabytes once decoded
 
-SIDE, BOX = 28, 20  # of an MNIST image, and of the box in it that the digit fits
-WORKING_SIDE = 256  # what is larger by a whole factor is made smaller first
-MIN_CONTRAST = 12.0  # grey values of 255 by which ink must differ from the paper
-THINNEST = 1.6  # pixels of the box: how thick a pen's line is made at least, for MNIST's are 2 to 3
+SIDE, BOX = 28, 20  # pixels: an MNIST image, and the box within it that the digit is fitted into
+WORKING_SIDE = 256  # larger images are first reduced by a whole factor to about this size
+MIN_CONTRAST = 12.0  # how far ink must differ from the paper, in grey values of 0..255
+MIN_STROKE = 1.6  # thinner strokes are thickened to this many pixels of the box; MNIST's have 2 to 3
 
-# What Pillow raises for files that are cut short or damaged.
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error)
+# What Pillow raises for truncated or corrupted files.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error)
 
 
-class PictureError(ValueError):
-    """A picture that cannot be read or shows nothing; the message is one line about it, without its name."""
+class ImageError(Exception):
+    """The image cannot be read or is blank. The message is a single line that does not name the file."""
 
 
 def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist") -> np.ndarray:
-    """The picture in ``file`` as the network takes it, uint8 [28, 28], light on dark.
+    """Read ``file`` as input for the network: uint8 [28, 28], light on dark.
 
     Args:
-        preprocess: ``mnist`` brings it to MNIST's form; ``none`` takes 28x28 pixels as they are.
+        preprocess: ``mnist`` normalizes the image with ``to_mnist``; ``none`` uses its 28x28 pixels unchanged.
 
     Raises:
-        PictureError: It cannot be read, shows nothing, or has other than 28x28 pixels with ``none``.
+        ImageError: The image cannot be read, is blank, or with ``none`` is not 28x28.
     """
     grey = read_grey(file)
     if preprocess == "mnist":
         return to_mnist(grey)
     if grey.shape != (SIDE, SIDE):
-        raise PictureError(f"has {grey.shape[1]}x{grey.shape[0]} pixels, and preprocess=none takes {SIDE}x{SIDE}")
+        raise ImageError(f"has {grey.shape[1]}x{grey.shape[0]} pixels, but preprocess=none requires {SIDE}x{SIDE}")
     return grey.round().astype(np.uint8)
 
 
 def read_grey(
-    file: str | Path | BinaryIO, formats: tuple[str, ...] = FORMATS, most_pixels: int = MAX_PIXELS
+    file: str | Path | BinaryIO, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """The grey values 0..255 of a picture, float32 [H, W], upright, large ones made smaller.
+    """Read an image as grey values 0..255, float32 [H, W], upright and reduced in size if it is large.
 
-    Transparent places become paper: dark under light ink, else light. Where colours differ by more than their
-    lightness does, as red ink on green paper, the colour that shows most is taken.
+    Transparent pixels become the paper: dark if the ink is light, otherwise light. If the colours contrast far more
+    than their lightness does, as with red ink on green paper, the channel with the most contrast is used.
 
     Raises:
-        PictureError: There is no such file, it is none of the ``formats``, damaged, an animation or too large.
+        ImageError: The file does not exist, has none of the ``formats``, is damaged, animated or too large.
     """
     try:
         with Image.open(file, formats=formats) as image:
-            if image.width * image.height > most_pixels:
-                raise PictureError(f"has {image.width}x{image.height} pixels, more than {most_pixels:,}")
+            if image.width * image.height > max_pixels:
+                raise ImageError(f"has {image.width}x{image.height} pixels, more than {max_pixels:,}")
             frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # MPO: a camera's JPEG with a preview
-                raise PictureError(f"has {frames} pictures in one file, and one is expected")
-            image.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a large JPEG is read at an eighth of its size
+            if frames > 1 and image.format != "MPO":  # MPO: a camera's JPEG with an embedded preview
+                raise ImageError(f"contains {frames} images instead of one")
+            image.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # JPEG: decode at down to 1/8 scale
             image.load()
             grey = _grey(ImageOps.exif_transpose(image))
             factor = max(grey.size) // WORKING_SIDE
             return np.asarray(grey.reduce(factor) if factor > 1 else grey, dtype=np.float32)
-    except PictureError:
-        raise
     except UnidentifiedImageError as error:
-        raise PictureError(f"is not a picture in {', '.join(formats[:-1])} or {formats[-1]} format") from error
+        raise ImageError(f"is not an image in {', '.join(formats[:-1])} or {formats[-1]} format") from error
     except Image.DecompressionBombError as error:
-        raise PictureError(f"has more than {most_pixels:,} pixels") from error
-    except FileNotFoundError as error:
-        raise PictureError("there is no such file") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise PictureError(f"cannot be read ({error.strerror})") from error
-    except BROKEN as error:
-        raise PictureError(f"is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise ImageError(f"has more than {max_pixels:,} pixels") from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ImageError(f"cannot be read ({error.strerror})") from error
+    except DECODE_ERRORS as error:
+        raise ImageError(f"is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, or floating point
-        values = np.asarray(image, dtype=np.float32)
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    if image.mode.startswith(("I", "F")):  # 16- or 32-bit integers, or floating point
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
         low, high = min(float(values.min()), 0.0), float(values.max())
         tops = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0)
         top = next((top for top in tops if low == 0 and high <= top), high)
         return Image.fromarray((values - low) * (255 / ((top - low) or 1)))
     if image.mode in ("1", "L") and not image.has_transparency_data:
         return image.convert("L")
-    return _clearest(_on_paper(image.convert("RGBA")) if image.has_transparency_data else image.convert("RGB"))
+    return _clearest_channel(_on_paper(image.convert("RGBA")) if image.has_transparency_data else image.convert("RGB"))
 
 
 def _on_paper(image: Image.Image) -> Image.Image:
-    """An RGBA picture on paper: dark under light ink, else light."""
-    ink = image.getchannel("A")
-    inked = ImageStat.Stat(image.convert("L"), ink)
-    paper = Image.new("RGB", image.size, "black" if inked.sum[0] > 127.5 * inked.count[0] else "white")
-    paper.paste(image, mask=ink)
+    """An RGBA image composited on paper: black if the ink is light, otherwise white."""
+    alpha = image.getchannel("A")
+    ink = ImageStat.Stat(image.convert("L"), alpha)
+    paper = Image.new("RGB", image.size, "black" if ink.sum[0] > 127.5 * ink.count[0] else "white")
+    paper.paste(image, mask=alpha)
     return paper
 
 
-def _clearest(image: Image.Image) -> Image.Image:
-    """The lightness of an RGB picture, or that one of its colours that varies far more."""
+def _clearest_channel(image: Image.Image) -> Image.Image:
+    """The lightness of an RGB image, or the colour channel with the most contrast if that is far higher."""
     lightness = image.convert("L")
-    spreads = ImageStat.Stat(image).stddev
-    clearest = max(range(3), key=spreads.__getitem__)
-    return image.getchannel(clearest) if spreads[clearest] > 2 * ImageStat.Stat(lightness).stddev[0] else lightness
+    contrasts = ImageStat.Stat(image).stddev
+    best = max(range(3), key=contrasts.__getitem__)
+    return image.getchannel(best) if contrasts[best] > 2 * ImageStat.Stat(lightness).stddev[0] else lightness
 
 
 def to_mnist(grey: np.ndarray) -> np.ndarray:
-    """A picture of one digit in MNIST's form: cropped to the ink, fitted into 20x20, centred by mass in 28x28.
+    """Normalize an image of one digit as MNIST's were: crop, fit into 20x20, centre by mass in 28x28.
 
-    A picture that has this form already, 28x28 and light on dark, is left as it is. Paper may be unevenly lit, ink
-    light or dark; specks are left out, and lines far thinner than MNIST's are made thicker.
+    The ink may be light or dark and the paper unevenly lit. Specks are removed, and strokes much thinner than MNIST's
+    are thickened. An image that is already 28x28 and light on dark is returned unchanged.
 
     Args:
         grey: Values 0..255 [H, W].
@@ -123,16 +121,15 @@ def to_mnist(grey: np.ndarray) -> np.ndarray:
         uint8 [28, 28], light on dark.
 
     Raises:
-        PictureError: No ink stands out from the paper.
+        ImageError: No ink stands out from the paper.
     """
     if grey.max() - grey.min() < MIN_CONTRAST:
-        raise PictureError("is blank")
+        raise ImageError("is blank")
     if grey.shape == (SIDE, SIDE) and np.median(_border(grey)) < (grey.min() + grey.max()) / 2:
         return np.asarray(grey.round().astype(np.uint8))
-    ink = _largest_parts(_ink(grey))
+    ink = _without_specks(_ink(grey))
     rows, columns = (np.flatnonzero(ink.any(axis=axis)) for axis in (1, 0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    ink = _thick_enough(ink)
+    ink = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     scale = BOX / max(ink.shape)
     height, width = (max(1, round(side * scale)) for side in ink.shape)
     fitted = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.HAMMING))
@@ -151,18 +148,14 @@ def _border(grey: np.ndarray) -> np.ndarray:
 
 
 def _ink(grey: np.ndarray) -> np.ndarray:
-    """How much ink there is at each place, float32 [H, W] from 0 to 1, surely none being 0.
-
-    Raises:
-        PictureError: None stands out.
-    """
+    """How much ink each pixel has, float32 [H, W] from 0 to 1, exactly 0 on the paper; an ImageError if none stands out."""
     paper, noise = _paper(grey)
     difference = grey - paper
-    if float((difference * difference * difference).sum()) < 0:  # the largest differences are downwards: dark ink
+    if float((difference * difference * difference).sum()) < 0:  # the largest differences are negative: dark ink
         difference = -difference
     highest = float(difference.max())
     if highest < max(MIN_CONTRAST, 6 * noise):
-        raise PictureError("is blank")
+        raise ImageError("is blank")
     full = float(np.percentile(difference[difference > max(0.3 * highest, 4 * noise)], 75))
     ink = difference / (0.9 * full)
     ink[ink < max(0.2, 3 * noise / full)] = 0
@@ -170,46 +163,46 @@ def _ink(grey: np.ndarray) -> np.ndarray:
 
 
 def _paper(grey: np.ndarray) -> tuple[np.ndarray, float]:
-    """The paper's grey at each place, to be broadcast to [H, W], and its standard deviation.
+    """The grey value of the paper, broadcastable to [H, W], and its standard deviation.
 
-    Where nearly all of a picture is of two greys, as drawings and close crops are, the paper is that of the corners;
-    else it is a surface of second degree through what is not ink, for paper that is unevenly lit.
+    If the image has essentially two greys, as drawings and close crops do, the paper is the one closer to the corners.
+    Otherwise the paper may be unevenly lit: a quadratic surface is fitted to the pixels without ink.
     """
     corners = np.median(grey[:: len(grey) - 1 or 1, :: len(grey[0]) - 1 or 1])
-    dark, light, share = _two_greys(grey)
-    if share > 0.93 or min(grey.shape) < 8:
+    dark, light, explained = _two_greys(grey)
+    if explained > 0.93 or min(grey.shape) < 8:
         return np.full((1, 1), dark if corners < (dark + light) / 2 else light), 0.0
     y, x = (np.arange(side, dtype=np.float32) / max(grey.shape) for side in grey.shape)
     step = max(1, min(grey.shape) // 24)
     values, sy, sx = grey[::step, ::step], y[::step], x[::step]
     grid = np.broadcast_arrays(1, sx, sy[:, None], sx * sx, sx * sy[:, None], (sy * sy)[:, None])
-    some, values = np.stack(grid, axis=-1).reshape(-1, 6).astype(np.float32), values.reshape(-1)
+    terms, values = np.stack(grid, axis=-1).reshape(-1, 6).astype(np.float32), values.reshape(-1)
     distance = np.abs(values - np.median(_border(grey)))
     for _ in range(4):
-        # A third of the places is paper for sure; what they are within says how far paper is from the surface.
-        sure = np.partition(distance, int(0.3 * len(distance)))[int(0.3 * len(distance))]
-        near = distance <= max(8 * float(sure), 2.0)
-        paper = some[near]
+        # At least 30 % of the pixels are paper; how close those are to the surface scales the threshold for the others.
+        close = np.partition(distance, int(0.3 * len(distance)))[int(0.3 * len(distance))]
+        near = distance <= max(8 * float(close), 2.0)
+        paper = terms[near]
         c = np.linalg.solve(paper.T @ paper + 1e-4 * np.eye(6, dtype=np.float32), paper.T @ values[near])
-        distance = np.abs(values - some @ c)
+        distance = np.abs(values - terms @ c)
     surface = (c[0] + c[1] * x + c[3] * x * x) + (c[2] * y + c[5] * y * y)[:, None] + c[4] * x * y[:, None]
     return surface, 1.4826 * float(np.median(distance[near]))
 
 
 def _two_greys(grey: np.ndarray) -> tuple[float, float, float]:
-    """The two greys that say most about a picture, and which share of its variance they explain (Otsu's method)."""
+    """Otsu's method: the mean greys of the two classes, and the fraction of the variance that they explain."""
     counts = np.bincount(grey.astype(np.uint8).reshape(-1), minlength=256).astype(np.float64)
     below, sums = counts.cumsum(), (counts * np.arange(256)).cumsum()
     above = below[-1] - below
-    some = (below > 0) & (above > 0)
-    dark, light = sums[some] / below[some], (sums[-1] - sums[some]) / above[some]
-    explained = below[some] * above[some] * (light - dark) ** 2 / below[-1] ** 2
+    split = (below > 0) & (above > 0)
+    dark, light = sums[split] / below[split], (sums[-1] - sums[split]) / above[split]
+    explained = below[split] * above[split] * (light - dark) ** 2 / below[-1] ** 2
     best = int(explained.argmax())
     return float(dark[best]), float(light[best]), float(explained[best] / grey.var())
 
 
-def _largest_parts(ink: np.ndarray) -> np.ndarray:
-    """Without the parts that are specks beside the largest one."""
+def _without_specks(ink: np.ndarray) -> np.ndarray:
+    """Remove the connected components that are tiny compared with the largest one."""
     parts, count = ndimage.label(ink > 0, structure=np.ones((3, 3)))
     if count == 1:
         return ink
@@ -217,11 +210,11 @@ def _largest_parts(ink: np.ndarray) -> np.ndarray:
     return ink * (masses >= 0.06 * masses[1:].max())[parts] * (parts > 0)
 
 
-def _thick_enough(ink: np.ndarray) -> np.ndarray:
-    """Lines that would be too thin in the 20x20 box, made thicker."""
-    one = max(ink.shape) / BOX  # a pixel of the box
+def _thickened(ink: np.ndarray) -> np.ndarray:
+    """Dilate strokes that would be too thin in the 20x20 box."""
+    box_pixel = max(ink.shape) / BOX
     inside = np.pad(ink > 0.5, 1)
     edge = inside & ~ndimage.binary_erosion(inside)
     thickness = 2 * inside.sum() / max(edge.sum(), 1)
-    missing = round((THINNEST * one - thickness) / 2)
+    missing = round((MIN_STROKE * box_pixel - thickness) / 2)
     return ndimage.grey_dilation(np.pad(ink, missing), size=2 * missing + 1) if missing > 0 else ink

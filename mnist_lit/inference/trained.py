@@ -1,4 +1,4 @@
-"""A trained network, from a checkpoint or a run's folder, ready to use; without Lightning."""
+"""Load a trained network from a checkpoint or a run folder, without Lightning."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class TrainedModel(nn.Module):
-    """A trained network with softmax behind it, in evaluation mode, on the CPU.
+    """A trained network followed by softmax, on the CPU, in evaluation mode and with frozen parameters.
 
     Attributes:
-        network: Turns images into logits.
-        path: The checkpoint that it is from.
-        description: The section ``model`` of the configuration, which ``build`` takes.
+        network: Maps images to logits.
+        path: The checkpoint that the weights come from.
+        description: The ``model`` section of the configuration, from which ``build`` makes the network.
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.
     """
 
@@ -33,15 +33,16 @@ class TrainedModel(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probabilities [N, 10] of images [N, 1, 28, 28] with values from 0 to 1."""
+        """Probabilities [N, 10] for images [N, 1, 28, 28] with values from 0 to 1."""
         return self.network(images).softmax(dim=1)
 
 
 def load(ckpt: str | Path) -> TrainedModel:
-    """The model that ``ckpt`` means, as ``find`` says; nothing in its file is executed.
+    """Load the model that ``ckpt`` refers to (see ``find``), without executing anything stored in the file.
 
     Raises:
-        UserError: As ``find``; or the file is damaged or not from this project, or its weights are another network's.
+        UserError: There is no such checkpoint, it is damaged or not from this project, or its weights do not fit the
+            network.
     """
     path = find(ckpt)
     checkpoint = read_checkpoint(path)
@@ -54,7 +55,7 @@ def load(ckpt: str | Path) -> TrainedModel:
 
 
 def load_classifier(path: Path) -> "MNISTClassifier":
-    """The model of a checkpoint as a ``MNISTClassifier``, which Lightning's Trainer can test or go on training.
+    """Load a checkpoint as an ``MNISTClassifier``, for Lightning's Trainer to test or train further.
 
     Raises:
         UserError: As ``load``.
@@ -69,22 +70,21 @@ def load_classifier(path: Path) -> "MNISTClassifier":
 
 
 def find(ckpt: str | Path) -> Path:
-    """The checkpoint that ``ckpt`` means.
+    """The checkpoint that ``ckpt`` refers to.
 
     Args:
-        ckpt: A checkpoint, or a run's folder, which means its best one by validation, or else its last.
+        ckpt: A checkpoint, or a run folder: its best checkpoint by validation accuracy, or else its last one.
 
     Raises:
-        UserError: There is none, or it is damaged; then the message names the run's newest whole one.
+        UserError: There is none, or the folder's is damaged; the message then names the newest intact one.
     """
     path = Path(ckpt).expanduser()
-    if path.is_dir():
-        folder = path
-        if not (checkpoint := runs.checkpoint_of(folder)):
-            raise UserError(f"ckpt={ckpt}: there is no checkpoint in this folder ({runs.BEST} or {runs.LAST})")
-        if reason := corruption(checkpoint):
-            raise UserError(f"ckpt={ckpt}: {reason}{runs.suggest_intact(folder, checkpoint, 'ckpt')}")
-        return checkpoint
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if not path.is_dir():
         raise UserError(f"ckpt={ckpt}: there is no such checkpoint or run")
-    return path
+    if not (checkpoint := runs.checkpoint_of(path)):
+        raise UserError(f"ckpt={ckpt}: there is no checkpoint in this folder ({runs.BEST} or {runs.LAST})")
+    if reason := corruption(checkpoint):
+        raise UserError(f"ckpt={ckpt}: {reason}{runs.suggest_intact(path, checkpoint, 'ckpt')}")
+    return checkpoint

@@ -1,16 +1,13 @@
-"""The web application around a trained model: the page to draw on, and the API that it uses. Every error is JSON.
+"""Web application: a page to draw digits on and the JSON API behind it.
 
-A request is one picture. It is read under a limit of bytes and of seconds, brought to MNIST's form and predicted in a
-thread; when ``MAX_AT_ONCE`` are under way, further ones are told to come back.
+Each prediction request carries one image. Its body is read under a size and a time limit, and the prediction runs in a
+thread. While ``MAX_CONCURRENT`` predictions are in progress, further requests get 503. Every error is JSON.
 """
 
 import asyncio
-import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
-from importlib.resources import files
 from typing import Any
 
 import anyio
@@ -28,15 +25,14 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnist_lit import __version__
-from mnist_lit.inference.images import SIDE, PictureError, read_grey, to_mnist
+from mnist_lit.inference.images import SIDE, ImageError, read_grey, to_mnist
 from mnist_lit.inference.trained import TrainedModel
 
-MAX_BYTES = 2**20  # of a request's body
-READ_AND_DROPPED = 16 * MAX_BYTES  # of a larger one, so that its sender gets to reading the answer
+MAX_BYTES = 2**20  # of a request body
+MAX_DISCARDED = 16 * MAX_BYTES  # a larger body is read up to here, so that the client gets to read the error
 MAX_SECONDS = 5.0  # for a body to arrive
-MAX_PIXELS = 1024 * 1024  # of a picture, by what its file says before it is unpacked
-MAX_AT_ONCE = 64  # predictions that are read, waiting or computed; 64 MiB of bodies, and a tenth of a second to wait
-PAGE = files("mnist_lit.inference") / "page"
+MAX_PIXELS = 1024 * 1024  # of an image, checked before it is decoded
+MAX_CONCURRENT = 64  # predictions in progress: at most 64 MiB of bodies and a wait of a tenth of a second
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -47,70 +43,63 @@ HEADERS = {
 
 
 def application(model: TrainedModel, hosts: tuple[str, ...] = ()) -> ASGIApp:
-    """An ASGI application with the page at ``/``, ``POST /predict`` and ``GET /health``.
+    """An ASGI application that serves the page at ``/``, ``/predict`` (POST) and ``/health``.
 
     Args:
-        hosts: The host names that a request may be addressed to; none: all. Without it a page from elsewhere could
-            reach a server on this machine under a name of its own.
+        hosts: Accepted values of the Host header; empty accepts any. Restrict it for a local server: otherwise a
+            malicious web page could reach the server through DNS rebinding.
     """
-    predictions = _Predictions(model)
+    errors: dict[Any, Any] = {HTTPException: _error, Exception: _error}
     routes = [
-        Route("/predict", predictions.answer, methods=["POST"]),
-        Route("/predict", _only_post, methods=["GET", "PUT", "PATCH", "DELETE"]),
+        Route("/predict", _Predictor(model).predict, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
         Route("/health", _health),
-        Mount("/", StaticFiles(directory=str(PAGE), html=True)),
+        Mount("/", StaticFiles(packages=[("mnist_lit.inference", "page")], html=True)),
     ]
-    errors: dict[Any, Any] = {HTTPException: _as_json, Exception: _as_json}
     return _Guard(Starlette(routes=routes, exception_handlers=errors), hosts)
 
 
-class _Predictions:
+class _Predictor:
     def __init__(self, model: TrainedModel) -> None:
-        self.model, self.under_way = model, 0
+        self.model, self.in_progress = model, 0
         self.threads = anyio.CapacityLimiter(os.cpu_count() or 1)
-        for form in ("PNG", "JPEG"):  # the first ones take longer
-            picture = io.BytesIO()
-            Image.fromarray(np.eye(2 * SIDE, dtype=np.uint8) * 255).save(picture, form)
-            self._predict(picture.getvalue())
+        for format in ("PNG", "JPEG"):  # warm up: the first predictions are slower
+            file = io.BytesIO()
+            Image.fromarray(np.eye(2 * SIDE, dtype=np.uint8) * 255).save(file, format)
+            self._predict(file.getvalue())
 
-    async def answer(self, request: Request) -> Response:
-        """``{"digit": 7, "probabilities": [ten numbers]}`` for the picture, or the 784 pixels, in the body.
+    async def predict(self, request: Request) -> Response:
+        """Respond with ``{"digit": 7, "probabilities": [10 numbers]}`` to the image, or the 784 pixels, in the body.
 
-        With ``?pixels=true`` also ``pixels``, the 784 numbers from 0 to 1 that the network was given.
+        With ``?pixels=true`` the response also has ``pixels``, the 784 numbers from 0 to 1 that the network received.
         """
+        if request.method != "POST":
+            raise HTTPException(405, "send the image with POST", {"Allow": "POST"})
+        if self.in_progress >= MAX_CONCURRENT:
+            raise HTTPException(503, f"{MAX_CONCURRENT} predictions are in progress: try again", {"Retry-After": "1"})
+        self.in_progress += 1
         try:
-            with self._place():
-                body = await _body(request)
-                digit = await run_sync(self._predict, body, limiter=self.threads)
+            result = await run_sync(self._predict, await _body(request), limiter=self.threads)
         except ClientDisconnect:
-            return Response(status_code=400)  # to nobody
-        if request.query_params.get("pixels") != "true":
-            del digit["pixels"]
-        return JSONResponse(digit)
-
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        if self.under_way >= MAX_AT_ONCE:
-            raise HTTPException(503, f"{MAX_AT_ONCE} predictions are under way: try again", {"Retry-After": "1"})
-        self.under_way += 1
-        try:
-            yield
+            return Response(status_code=400)  # nobody is listening any more
         finally:
-            self.under_way -= 1
+            self.in_progress -= 1
+        if request.query_params.get("pixels") != "true":
+            del result["pixels"]
+        return JSONResponse(result)
 
     def _predict(self, body: bytes) -> dict[str, Any]:
-        image = _pixels(body) if body.lstrip()[:1] in (b"{", b"[") else _picture(body)
+        image = _from_json(body) if body.lstrip()[:1] in (b"{", b"[") else _from_file(body)
         with torch.inference_mode():
-            probabilities = self.model(torch.from_numpy(image)[None, None])[0].tolist()
-        digit = max(range(10), key=probabilities.__getitem__)
-        return {"digit": digit, "probabilities": probabilities, "pixels": image.round(3).reshape(-1).tolist()}
+            probabilities = self.model(torch.from_numpy(image)[None, None])[0]
+        return {
+            "digit": int(probabilities.argmax()),
+            "probabilities": probabilities.tolist(),
+            "pixels": image.round(3).reshape(-1).tolist(),
+        }
 
 
 async def _body(request: Request) -> bytes:
-    """
-    Raises:
-        HTTPException: It is too large, or takes too long to arrive.
-    """
+    """Read the request body; raise an HTTPException if it is too large or arrives too slowly."""
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(MAX_SECONDS):
@@ -118,64 +107,53 @@ async def _body(request: Request) -> bytes:
                 size += len(chunk)
                 if size <= MAX_BYTES:
                     body += chunk
-                elif size > READ_AND_DROPPED:
+                elif size > MAX_DISCARDED:
                     break
     except TimeoutError as error:
-        raise HTTPException(
-            408, f"the body did not arrive in {MAX_SECONDS:g} seconds", {"Connection": "close"}
-        ) from error
+        reason = f"the body did not arrive within {MAX_SECONDS:g} seconds"
+        raise HTTPException(408, reason, {"Connection": "close"}) from error
     if size > MAX_BYTES:
         raise HTTPException(413, f"the body is larger than {MAX_BYTES:,} bytes", {"Connection": "close"})
     return bytes(body)
 
 
-def _picture(body: bytes) -> np.ndarray:
-    """
-    Raises:
-        HTTPException: It is no picture, damaged, too large or blank.
-    """
+def _from_file(body: bytes) -> np.ndarray:
+    """The network's input, float32 [28, 28], from an image file; raise an HTTPException if that is impossible."""
     if not body.startswith((b"\x89PNG", b"\xff\xd8")):
-        raise HTTPException(415, f'send a PNG or JPEG picture, or JSON: {{"pixels": [{SIDE * SIDE} numbers]}}')
+        raise HTTPException(415, f'send a PNG or JPEG image, or JSON: {{"pixels": [{SIDE * SIDE} numbers]}}')
     try:
-        grey = read_grey(io.BytesIO(body), formats=("PNG", "JPEG"), most_pixels=MAX_PIXELS)
+        grey = read_grey(io.BytesIO(body), formats=("PNG", "JPEG"), max_pixels=MAX_PIXELS)
         return to_mnist(grey).astype(np.float32) / 255
-    except PictureError as error:
-        raise HTTPException(422, f"the picture {error}") from error
+    except ImageError as error:
+        raise HTTPException(422, f"the image {error}") from error
 
 
-def _pixels(body: bytes) -> np.ndarray:
-    """
-    Raises:
-        HTTPException: It is no JSON, or says something other than 784 numbers from 0 to 1.
-    """
+def _from_json(body: bytes) -> np.ndarray:
+    """The network's input, float32 [28, 28], from JSON; raise an HTTPException unless it has 784 numbers from 0 to 1."""
     try:
-        said = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400, "the body is no JSON") from error
-    pixels = said.get("pixels") if isinstance(said, dict) else None
+        raise HTTPException(400, "the body is not valid JSON") from error
+    pixels = content.get("pixels") if isinstance(content, dict) else None
     if not isinstance(pixels, list) or len(pixels) != SIDE * SIDE:
         raise HTTPException(422, f'JSON must be {{"pixels": [{SIDE * SIDE} numbers]}}, row by row, light on dark')
-    if not all(type(value) in (int, float) and 0 <= value <= 1 for value in pixels):  # not a number is neither
+    if not all(type(value) in (int, float) and 0 <= value <= 1 for value in pixels):  # excludes bool and NaN
         raise HTTPException(422, "pixels: each must be a number from 0 to 1")
     return np.array(pixels, dtype=np.float32).reshape(SIDE, SIDE)
-
-
-async def _only_post(request: Request) -> Response:
-    raise HTTPException(405, "send the picture with POST", {"Allow": "POST"})
 
 
 async def _health(request: Request) -> Response:
     return JSONResponse({"status": "ok", "version": __version__})
 
 
-async def _as_json(request: Request, error: Exception) -> Response:
+async def _error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-    return JSONResponse({"error": "something went wrong; the server's terminal says what"}, 500)
+    return JSONResponse({"error": "internal error; see the server's terminal for details"}, 500)
 
 
 class _Guard:
-    """Around the application: only requests to one of ``hosts``, and ``HEADERS`` in every answer."""
+    """Middleware that rejects requests for other ``hosts`` with a JSON error and adds ``HEADERS`` to every response."""
 
     def __init__(self, app: ASGIApp, hosts: tuple[str, ...]) -> None:
         self.app, self.hosts = app, hosts

@@ -1,1 +1,1 @@
-"""What a run gave, in numbers and to look at."""
+"""The results of a run as scores, figures and an HTML page."""

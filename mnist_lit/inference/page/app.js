@@ -1,4 +1,4 @@
-// The page draws black ink on a transparent canvas, asks the server what it shows, and shows the answer.
+// Draws black ink on a transparent canvas, sends it to the server and shows the prediction.
 
 const drawing = document.getElementById("drawing");
 const ink = drawing.getContext("2d");
@@ -6,9 +6,9 @@ const pen = document.getElementById("pen");
 const answer = document.getElementById("answer");
 const seen = document.getElementById("seen").getContext("2d");
 
-const PEN = 22; // pixels of the canvas: some two of the 28 that the network sees
-const STEP = 10; // pixels that an arrow key moves the pen
-const PAUSE = 80; // milliseconds between two requests at least
+const PEN = 22; // canvas pixels; about two of the 28 pixels that the network sees
+const STEP = 10; // canvas pixels per press of an arrow key
+const PAUSE = 80; // minimum milliseconds between two requests
 
 const rows = Array.from({ length: 10 }, (_, digit) => {
   const row = document.createElement("li");
@@ -53,7 +53,7 @@ function lift() {
   pen.classList.remove("down");
 }
 
-const strokes = new Map(); // where each finger, pen or mouse that is down was last
+const strokes = new Map(); // the last position of each pointer that is down
 
 function place(event) {
   const box = drawing.getBoundingClientRect();
@@ -81,7 +81,7 @@ for (const end of ["pointerup", "pointercancel"]) {
 }
 document.getElementById("clear").addEventListener("click", clear);
 
-// ---- the same by keyboard
+// ---- drawing with the keyboard
 
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 let at = { x: 140, y: 60 };
@@ -119,60 +119,60 @@ drawing.addEventListener("blur", () => {
   pen.hidden = true;
 });
 
-// ---- asking: one request at a time, and one more when the drawing has changed meanwhile
+// ---- predicting: one request at a time, and another if the drawing has changed meanwhile
 
-let asking = false;
+let predicting = false;
 let version = 0;
 
 function changed() {
   version += 1;
-  if (!asking) ask();
+  if (!predicting) predict();
 }
 
-async function ask() {
-  asking = true;
-  for (let asked = -1; asked !== version; ) {
-    asked = version;
+async function predict() {
+  predicting = true;
+  for (let sent = -1; sent !== version; ) {
+    sent = version;
     if (empty) {
       show(null);
       continue;
     }
     let pause = PAUSE;
     try {
-      const picture = await new Promise((resolve) => drawing.toBlob(resolve, "image/png"));
-      const response = await fetch("predict?pixels=true", { method: "POST", body: picture });
-      const found = await response.json();
+      const image = await new Promise((resolve) => drawing.toBlob(resolve, "image/png"));
+      const response = await fetch("predict?pixels=true", { method: "POST", body: image });
+      const result = await response.json();
       if (response.ok) {
-        if (!empty) show(found);
+        if (!empty) show(result);
       } else {
-        answer.textContent = found.error;
+        answer.textContent = result.error;
         if (response.status === 503) {
-          asked = -1; // again, after a while
+          sent = -1; // busy: retry
           pause = 1000;
         }
       }
     } catch {
-      answer.textContent = "The server does not answer";
+      answer.textContent = "The server is not responding";
     }
     await new Promise((resolve) => setTimeout(resolve, pause));
   }
-  asking = false;
+  predicting = false;
 }
 
-function show(found) {
+function show(result) {
   const image = seen.createImageData(28, 28);
   rows.forEach(({ row, bar, share }, digit) => {
-    const probability = found?.probabilities[digit] ?? 0;
-    row.classList.toggle("best", digit === found?.digit);
+    const probability = result?.probabilities[digit] ?? 0;
+    row.classList.toggle("best", digit === result?.digit);
     bar.value = probability;
-    share.textContent = found ? percent(probability) : "";
+    share.textContent = result ? percent(probability) : "";
   });
   for (let i = 0; i < 784; i += 1) {
-    const grey = 255 * (found?.pixels[i] ?? 0);
+    const grey = 255 * (result?.pixels[i] ?? 0);
     image.data.set([grey, grey, grey, 255], 4 * i);
   }
   seen.putImageData(image, 0, 0);
-  answer.textContent = found ? `This is a ${found.digit} (${percent(found.probabilities[found.digit])})` : "Nothing drawn yet";
+  answer.textContent = result ? `This is a ${result.digit} (${percent(result.probabilities[result.digit])})` : "Nothing drawn yet";
 }
 
 function percent(probability) {
