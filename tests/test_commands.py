@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Command
 from helpers import QUICK, ROOT
 from PIL import Image
@@ -202,3 +203,54 @@ def test_every_verb_as_a_user_types_it(finished_run: Path, digits: tuple[Any, An
         assert list(tmp_path.glob(f"**/{Path(result).name}")), (verb, done.stdout)
         if verb == "train":  # the others may be faster than the second after which it is said
             assert done.stderr.startswith("loading PyTorch and Lightning ...\n"), done.stderr
+
+
+def test_hydras_own_ways_work(tmp_path: Path, command: Command) -> None:
+    shown = command("--cfg", "job", "--package", "optimizer", "optimizer=sgd", cwd=tmp_path)
+    assert shown.returncode == 0 and "_target_: torch.optim.SGD" in shown.stdout and "max_epochs" not in shown.stdout
+    assert "Config search path" in command("--info", "searchpath", cwd=tmp_path).stdout
+    own = tmp_path / "own"
+    (own / "experiment").mkdir(parents=True)
+    (own / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer: {max_epochs: 3}\nmy: {alpha: 1}\n")
+    (own / "mine.yaml").write_text("defaults: [train, _self_]\nseed: 7\n")
+    for arguments in (["--help"], ["--cfg", "job"]):
+        shown = command("--config-dir=own", "--config-name=mine", "experiment=mine", *arguments, cwd=tmp_path)
+        assert shown.returncode == 0 and "seed: 7" in shown.stdout and "alpha: 1" in shown.stdout, shown.stderr
+    assert "adam, mine, validated" in command("--config-dir=own", "--help", cwd=tmp_path).stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"own"}
+
+    done = command(
+        *(*QUICK, "--config-dir=own", "--config-name=mine", "hydra.job.chdir=true", "hydra.verbose=true"),
+        *("data.dir=files", "+my.beta=2", "~trainer.detect_anomaly", "hydra.run.dir=run"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["seed"] == 7 and config["my"] == {"beta": 2} and "detect_anomaly" not in config["trainer"]
+    assert config["data"]["dir"] == str(tmp_path / "files")  # and not in the run's folder
+    assert " DEBUG " in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("where", ["__init__", "forward"])
+def test_an_error_in_ones_own_network_shows_where_it_was_raised(where: str, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "my_networks.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.layer = nn.Linear(784, 10)\n"
+        f"        if '{where}' == '__init__': nn.Linear(784, 'ten')\n\n"
+        "    def forward(self, images):\n        return self.layer(images.flatten(1)).reshape(3, 3, 3)\n"
+    )
+    asked = ["model._target_=my_networks.Net", "~model.dropout", "~model.cpu_kernel", "hydra.run.dir=run"]
+    done = command(*QUICK, *asked, cwd=tmp_path)
+    assert done.returncode == 1
+    log = (tmp_path / "run" / "train.log").read_text()
+    for text in (done.stderr, log):
+        assert "Traceback" in text and 'my_networks.py", line ' in text, text
+    assert "Traceback" not in done.stdout
+
+
+def test_tracebacks_where_they_are_asked_for(tmp_path: Path, command: Command) -> None:
+    for arguments, environment in ((["debug=true"], {}), ([], {"HYDRA_FULL_ERROR": "1"})):
+        for mistake in ("seed=-1", "optimizer.lr=-1"):
+            done = command(*QUICK, mistake, *arguments, cwd=tmp_path, environment=environment)
+            assert done.returncode == 1 and "Traceback" in done.stderr and "UserError" in done.stderr, done.stderr
+    assert not (tmp_path / "outputs").exists() or list((tmp_path / "outputs").iterdir()) == []

@@ -27,7 +27,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from mnist_lit.cli import launch
+from mnist_lit.cli import launch, ranks
 
 SECONDS_TO_STOP = 60.0  # for the step under way and its checkpoint
 SERVER_LOST = 255  # the exit code that multiprocessing gives a process whose server was killed
@@ -310,13 +310,7 @@ def _end_with_parent() -> None:
 @cache
 def end_with(parent: int) -> None:
     """Have this process stop, as if asked to by SIGTERM, when its parent is gone, killed perhaps."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        _end()
-
-    threading.Thread(target=watch, daemon=True).start()
+    ranks.when_parent_ends(parent, _end)
 
 
 def _end() -> None:

@@ -133,8 +133,10 @@ class Command:
 
     def prepare(self, config: Any) -> None:
         """Check the configuration, and decide on the run's folder before Hydra makes it."""
+        global tracebacks
         from omegaconf import OmegaConf, open_dict, read_write
 
+        tracebacks = config.get("debug") is True or tracebacks
         if not (self.run_folder and ranks.is_started_by_another()):
             ranks.tell_children()
         if not self.run_folder:
@@ -164,7 +166,6 @@ class Command:
         """Nothing: this is not a sweep."""
 
     def __call__(self, config: Any) -> None:
-        global tracebacks
         from hydra.core.hydra_config import HydraConfig
 
         of_hydra = HydraConfig.get()
@@ -173,7 +174,7 @@ class Command:
             values = self.continued or checked_values(self.verb, config)
             if of_hydra.job.chdir:
                 values = absolute_paths(values, of_hydra.runtime.cwd)
-            tracebacks = values.pop("debug", False) or tracebacks
+            values.pop("debug", None)
             show_tracebacks_as_asked()
             arguments = {"folder": folder, **values} if self.run_folder else values
             try:

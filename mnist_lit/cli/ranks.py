@@ -101,14 +101,22 @@ def tell_children() -> None:
 
 def end_with_parent() -> None:
     """From now on this process ends soon after the one that has started it, whatever it waits for."""
-    parent = os.getppid() if by_torchrun() else int(os.environ.get(PARENT, os.getppid()))
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+    def end() -> None:
         time.sleep(GRACE)
         os.write(2, b"the process that has started this one is gone, so this one ends, too\n")
         os._exit(1)
+
+    when_parent_ends(os.getppid() if by_torchrun() else int(os.environ.get(PARENT, os.getppid())), end)
+
+
+def when_parent_ends(parent: int, end: Callable[[], None]) -> None:
+    """Call ``end`` in a thread once ``parent`` is no longer this process's parent."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
 
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
