@@ -28,7 +28,7 @@ DATA ?= data
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-base:  ## make .venv with what training needs, at the versions and checksums of requirements.lock; compile the C
+base:  ## make .venv with the package and what training needs, as requirements.lock has it; compile the C
 	@$(RUN) -c '' 2>/dev/null || $(PYTHON) -c 'import ensurepip; $(FITS)' 2>/dev/null || { \
 		echo "Python 3.11, 3.12 or 3.13 with its venv module is needed, and this is none: '$(PYTHON)'. Install one"; \
 		echo "(on Debian: apt install python3 python3-venv) or name it: make base PYTHON=/path/to/python3"; exit 1; }
@@ -39,6 +39,8 @@ base:  ## make .venv with what training needs, at the versions and checksums of 
 	@test -x $(VENV)/bin/uv || { sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt && \
 		$(RUN) -m pip install --quiet --require-hashes -r $(VENV)/uv.txt; }
 	@$(INSTALL) requirements.lock
+	@$(RUN) -c 'import importlib.metadata as m; m.version("mnist_lit")' 2>/dev/null || \
+		$(UV) pip install --quiet --python $(RUN) --no-deps --no-build-isolation -e .
 	@$(RUN) -W ignore -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 
 setup: base  ## add everything else: the other verbs, launchers, tests (requirements-dev.lock)

@@ -1,4 +1,4 @@
-"""``python -m mnist_lit.train``: train the network, test it, and leave everything in one run folder."""
+"""``python -m mnist_lit.train``: train the network, test it, and write everything to one run folder."""
 
 import logging
 from contextlib import nullcontext
@@ -27,22 +27,22 @@ def train(
     """Train and test; the arguments after ``folder`` are the sections of ``conf/train.yaml`` as plain values.
 
     Args:
-        folder: The run's folder; it may exist, but only hold a run if that is resumed.
-        resume: The checkpoint in ``folder`` to go on from, or ``folder`` itself to begin again; None for a new run.
-        sections: Of the user's own; they are saved with the others.
+        folder: The run folder. It may exist, but must not contain a run unless that run is resumed.
+        resume: The checkpoint in ``folder`` to resume from, or ``folder`` itself to start over; None for a new run.
+        sections: Additional sections, which are saved with the configuration.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
-        UserError: A value, the data or this machine do not allow the run, or it fails.
-        Interrupted: A signal came; what there is so far is in a checkpoint.
+        UserError: The configuration, the data or this machine do not allow the run, or the loss is not finite.
+        Interrupted: A signal arrived; the last checkpoint has the state.
     """
     folder = Path(folder)
     if resume and (finished := results_of_finished_run(folder, trainer.get("max_epochs"))):
         log.info("%s is finished:\n\n%s", runs.display_path(folder), training_table(finished, folder))
         return finished
-    # Here and not at the top: they take ten seconds, which --help and a mistyped key need not wait for.
+    # Imported here because they take ten seconds, for which --help and a mistyped key should not have to wait.
     with loading("PyTorch and Lightning"):
         import lightning as L
 

@@ -38,7 +38,7 @@ def test_fast_dev_run_ends_with_the_tutorials_two_lines_in_a_folder_of_any_name(
     again = command(*QUICK, "hydra.run.dir=Läufe, seed=1 (neu)/a", cwd=tmp_path)
     assert again.returncode == 1
     assert again.stderr == (
-        "train: Läufe, seed=1 (neu)/a holds a run already: choose another hydra.run.dir, or go on with it: "
+        "train: Läufe, seed=1 (neu)/a already contains a run: choose another hydra.run.dir, or resume it: "
         "resume=Läufe, seed=1 (neu)/a\n"
     )
 

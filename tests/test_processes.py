@@ -261,7 +261,7 @@ def test_26_when_a_process_dies_the_other_ends_with_a_sentence(dead: int, tmp_pa
     assert "Traceback" not in text
     (sentence,) = re.findall("^train: .*", text, re.MULTILINE)
     assert sentence == (
-        "train: another process of this run has ended, so this one ends, too; "
+        "train: another process of this run has died, so this one ends, too; "
         f"go on with: python -m mnist_lit.train resume={only_run(tmp_path).relative_to(tmp_path)}"
     )
 
@@ -291,7 +291,7 @@ def test_26_when_a_machines_process_dies_those_of_the_others_end(dead: int, tmp_
     wait_for(lambda: not _living().keys() & set(everybody))
     assert time.monotonic() - killed < 60
     (sentence,) = re.findall("^train: .*", text, re.MULTILINE)
-    assert sentence.startswith("train: another process of this run has ended") and "torchrun ... -m" in sentence
+    assert sentence.startswith("train: another process of this run has died") and "torchrun ... -m" in sentence
 
 
 @pytest.mark.slow
@@ -324,4 +324,4 @@ def test_torchruns_numbers_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None
 def test_28_several_machines_without_torchrun_are_refused(tmp_path: Path, command: Command) -> None:
     done = command("trainer.num_nodes=2", cwd=tmp_path)
     assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
-    assert done.stderr == "train: trainer.num_nodes=2: several machines are started with torchrun (see README.md)\n"
+    assert done.stderr == "train: trainer.num_nodes=2: use torchrun to start several machines (see README.md)\n"

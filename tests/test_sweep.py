@@ -260,7 +260,7 @@ def test_23_a_sweep_that_was_killed_or_stopped_goes_on_with_the_same_command(
 
     done = command("-m", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "going on with" in (tmp_path / "s" / "seed-0" / "train.log").read_text()
+    assert "resuming" in (tmp_path / "s" / "seed-0" / "train.log").read_text()
     assert len(list(csv.DictReader((tmp_path / "s" / "seed-0" / "metrics.csv").open()))) == 14
     assert [job.status for job in read_jobs(tmp_path / "s")] == ["finished", "finished"]
 

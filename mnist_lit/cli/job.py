@@ -1,10 +1,10 @@
-"""A command of this project in a process of its own: a job of a sweep, or a trial of a search.
+"""Runs a command of this project in its own process: a job of a sweep, or a trial of a search.
 
-Whatever happens in it, an exception, an exit, a kill, happens to it alone; and it does not outlive who started it.
+An exception, an exit or a kill in it affects nothing else, and it does not outlive the process that started it.
 
-On Linux the process is forked from a server that has imported torch, Lightning and the rest once (the standard
-library's forkserver), so that it starts in a fraction of a second. The server imports and never computes, so that no
-threads are forked and no GPU is in use. Elsewhere the process imports all that anew.
+On Linux it is forked from a server that has imported torch, Lightning and the rest once (the standard library's
+forkserver), so it starts in a fraction of a second. The server only imports and never computes: no threads are forked,
+and no GPU is in use. Elsewhere the process imports everything anew.
 """
 
 import atexit
@@ -29,11 +29,11 @@ from typing import Any
 
 from mnist_lit.cli import launch, ranks
 
-SECONDS_TO_STOP = 60.0  # for the step under way and its checkpoint
-SERVER_LOST = 255  # the exit code that multiprocessing gives a process whose server was killed
+SECONDS_TO_STOP = 60.0  # for the current step and its checkpoint
+SERVER_LOST = 255  # the exit code that multiprocessing reports for a process whose server was killed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PRELOADED = ("mnist_lit.cli.preloaded",)
-_one_at_a_time = threading.Lock()  # multiprocessing's processes are not to be started or asked by two threads at once
+_one_at_a_time = threading.Lock()  # multiprocessing's processes must not be started or polled by two threads at once
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Result:
 
     Attributes:
         code: Its exit code; negative: the signal that killed it.
-        error_output: The last lines that it wrote to its standard error.
+        error_output: The last lines of its standard error.
     """
 
     code: int
@@ -50,7 +50,7 @@ class Result:
 
     @property
     def reason(self) -> str:
-        """Why it did not end well, in a few words."""
+        """Why it failed, in a few words."""
         if self.code < 0:
             name = signal.Signals(-self.code).name
             return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
@@ -59,16 +59,16 @@ class Result:
 
 
 class Command:
-    """``python -m <module>`` under way in a process of its own.
+    """A running ``python -m <module>``, in its own process.
 
     Args:
-        module: ``mnist_lit.train``, for instance.
+        module: Such as ``mnist_lit.train``.
         arguments: As on the command line.
-        cwd: The folder that it runs in; None for this process's.
-        environment: All of its environment; None for this process's.
-        stdout: The open file that it writes to.
-        stderr: The same for its errors.
-        composed: The configuration that the arguments give, where it has been composed and checked already.
+        cwd: Its working directory; None for that of this process.
+        environment: Its whole environment; None for that of this process.
+        stdout: File descriptor of its standard output.
+        stderr: File descriptor of its standard error.
+        composed: The configuration that the arguments give, if it has been composed and checked already.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Command:
         return int(self._process.pid or 0)
 
     def poll(self) -> int | None:
-        """Its exit code, negative if a signal has killed it; None while it runs."""
+        """Its exit code, negative if a signal killed it; None while it runs."""
         with _one_at_a_time:
             code = self._process.exitcode
         if code == SERVER_LOST:  # or its own
@@ -107,10 +107,10 @@ class Command:
         return code
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, once it has ended.
+        """Wait for it to end, and return its exit code.
 
         Raises:
-            TimeoutError: It has not within ``timeout`` seconds.
+            TimeoutError: It is still running after ``timeout`` seconds.
         """
         if not connection.wait([self._process.sentinel], timeout):
             raise TimeoutError
@@ -139,14 +139,14 @@ def run(
     """Run ``python -m mnist_lit.<verb>`` to its end.
 
     Args:
-        cwd: The folder that it runs in, if another than this process's.
-        quiet: Without what it has to say on the terminal.
+        cwd: Its working directory; None for that of this process.
+        quiet: Whether to hide its output.
         should_stop: Called every ``poll_seconds``; true asks the command to stop.
-        threads: How many it may compute with on a CPU; None leaves that to the environment.
-        composed: The configuration that the arguments give, where it has been composed and checked already.
+        threads: The number of CPU threads it may use; None leaves that to the environment.
+        composed: The configuration that the arguments give, if it has been composed and checked already.
 
     Raises:
-        KeyboardInterrupt, Interrupted: This process was asked to stop; so was the command then, and it has ended.
+        KeyboardInterrupt, Interrupted: This process was asked to stop. The command was stopped, too.
     """
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     receive, send = os.pipe()
@@ -198,11 +198,7 @@ def _stop(command: Command, number: signal.Signals) -> int:
 
 @cache
 def warm_up() -> Any:
-    """How processes are started here; with a server, it imports from now on, while this process does something else.
-
-    Returns:
-        One of ``multiprocessing``'s contexts.
-    """
+    """The ``multiprocessing`` context to start commands with. Its server, if any, starts importing in the background."""
     if sys.platform != "linux":  # on a Mac what is forked must not use the system's libraries
         return multiprocessing.get_context("spawn")
     from multiprocessing import forkserver, resource_tracker
@@ -227,14 +223,14 @@ def warm_up() -> Any:
 
 
 def find_package() -> None:
-    """Let the Python processes that this one starts, wherever they start, find the package where it is here."""
+    """Make the package importable in Python processes that this one starts, whatever their working directory."""
     own = str(Path(__file__).parents[2])
     places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join([own, *(place for place in places if place not in ("", own))])
 
 
 class _Descriptor:
-    """An open file, which another process gets under another number."""
+    """A file descriptor that can be sent to another process."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -256,7 +252,7 @@ def _become(
     stdout: int,
     stderr: int,
 ) -> None:
-    """In the new process: become what ``python -m <module>`` would be."""
+    """Turn the new process into what ``python -m <module>`` would be."""
     os.setsid()  # a Ctrl-C on the terminal is for the process that has started this one,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which passes it on
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -292,7 +288,7 @@ def _become(
 
 
 def _added_by_imports() -> dict[str, str]:
-    """The variables that imports in the server have set, such as Lightning's for torch's look for a GPU."""
+    """The environment variables that imports in the server have set, such as Lightning's PYTORCH_NVML_BASED_CUDA_CHECK."""
     if multiprocessing.get_start_method() != "forkserver":
         return {}
     before = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
@@ -309,7 +305,7 @@ def _end_with_parent() -> None:
 
 @cache
 def end_with(parent: int) -> None:
-    """Have this process stop, as if asked to by SIGTERM, when its parent is gone, killed perhaps."""
+    """Stop this process, as SIGTERM would, when its parent has ended."""
     ranks.when_parent_ends(parent, _end)
 
 

@@ -1,4 +1,4 @@
-"""``ckpt=latest``: the newest run in the outputs folder that has a trained model."""
+"""Resolves ``ckpt=latest`` to the newest run that has a trained model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Command-line entry point: ``hydra.main`` with a run's folder decided before Hydra makes it, and errors in one sentence."""
+"""Command-line entry point: ``hydra.main``, with the run folder chosen before Hydra makes it and errors in one sentence."""
 
 import atexit
 import contextlib
@@ -29,9 +29,9 @@ from mnist_lit.cli.config import (
 )
 from mnist_lit.storage import runs
 
-composed: Any = None  # a run's configuration, Hydra's part included, where another process has composed and checked it
+composed: Any = None  # the configuration, with Hydra's part, if another process has composed and checked it
 current: "Preparing | None" = None  # the command of this process, for ``callbacks.Prepare``
-tracebacks = False  # whether debug=true or HYDRA_FULL_ERROR=1 asks for them, also of what the user can put right
+tracebacks = False  # whether debug=true or HYDRA_FULL_ERROR=1 asks for the traceback of a UserError
 
 
 class Preparing(Protocol):
@@ -45,18 +45,18 @@ class Preparing(Protocol):
 
 
 class InCallback(BaseException):
-    """Its cause was raised in a callback of Hydra's, and is not to be taken for a warning."""
+    """Carries an exception out of a Hydra callback, which would turn it into a warning."""
 
 
 def launch(
     verb: str, work: Callable[..., Any], run_folder: bool = False, sweep: Callable[..., Any] | None = None
 ) -> None:
-    """Run ``work`` with the configuration ``conf/<verb>.yaml`` and the command line's changes to it.
+    """Run ``work`` with the configuration ``conf/<verb>.yaml`` and the overrides of the command line.
 
     Args:
-        work: Called with the configuration's sections as plain values, and ``folder`` if ``run_folder``.
-        run_folder: Whether each run has a folder of its own, which no other run may share.
-        sweep: Called instead if -m asks for many runs: ``sweeps.sweep.run``.
+        work: Called with the sections of the configuration as plain values, and with ``folder`` if ``run_folder``.
+        run_folder: Whether each run needs its own folder.
+        sweep: Called instead for a multirun (-m): ``sweeps.sweep.run``.
     """
     global current
     import hydra
@@ -70,7 +70,7 @@ def launch(
     if flags.help:
         from mnist_lit.cli.help import help_text
 
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head ends quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that --help | head ends quietly
         print(help_text(files.name, flags.overrides, files.user_folder))
         return
     command = Command(verb, files, work, run_folder)
@@ -93,7 +93,7 @@ def launch(
     except UserError as error:
         if tracebacks:
             raise
-        if not (ranks.is_first() or isinstance(error, ranks.LostProcessError)):  # it may concern all: one says it
+        if not (ranks.is_first() or isinstance(error, ranks.LostProcessError)):  # all may have it: one reports it
             time.sleep(ranks.FIRST_SAYS_IT)
         sys.exit(f"{verb}: {error}")
     except (Interrupted, KeyboardInterrupt) as stopped:
@@ -104,7 +104,7 @@ def launch(
 
 @contextlib.contextmanager
 def _exceptions_from_hydra() -> Iterator[None]:
-    """In this block Hydra raises what goes wrong while it composes, instead of printing it."""
+    """In this block, Hydra raises errors of composition instead of printing them."""
     global tracebacks
     tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -115,24 +115,24 @@ def _exceptions_from_hydra() -> Iterator[None]:
 
 
 def show_tracebacks_as_asked() -> None:
-    """From now on Hydra prints the traceback of an exception: in full if that was asked for, else its last part."""
+    """From now on, Hydra prints the traceback of an exception: all of it, or without Hydra's own frames."""
     os.environ["HYDRA_FULL_ERROR"] = "1" if tracebacks else "0"
 
 
 class Command:
-    """One run of a verb: what Hydra calls with the composed configuration.
+    """A single run of a verb, called by Hydra with the composed configuration.
 
     Attributes:
-        error: What the user can put right, once it has been raised.
+        error: The ``UserError`` that ended the run, if one did.
     """
 
     def __init__(self, verb: str, files: ConfigFiles, work: Callable[..., Any], run_folder: bool) -> None:
         self.verb, self.files, self.work, self.run_folder = verb, files, work, run_folder
         self.error: UserError | None = None
-        self.continued: dict[str, Any] | None = None  # the configuration of a run that goes on
+        self.continued: dict[str, Any] | None = None  # the configuration of a resumed run
 
     def prepare(self, config: Any) -> None:
-        """Check the configuration, and decide on the run's folder before Hydra makes it."""
+        """Check the configuration and choose the run folder, before Hydra makes it."""
         global tracebacks
         from omegaconf import OmegaConf, open_dict, read_write
 
@@ -149,7 +149,7 @@ class Command:
             folder, start = ranks.decided_by_first(lambda: self._decide(config))
         elif ranks.is_first():
             folder, start = self._decide(config)
-        else:  # Lightning has named the folder
+        else:  # Lightning passes the folder on
             folder, start = str(config.hydra.run.dir), config.get("resume")
             start = folder if start and not Path(start).is_file() else start
         if start:
@@ -157,7 +157,7 @@ class Command:
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.run.dir = folder
             if start or not ranks.is_first():
-                config.hydra.output_subdir = None  # it is there already
+                config.hydra.output_subdir = None  # the first process or run has written it
             if not ranks.is_first():
                 quiet = CONF / "hydra" / "job_logging" / "further_process.yaml"
                 config.hydra.job_logging = OmegaConf.load(quiet)
@@ -186,41 +186,41 @@ class Command:
         except UserError as error:
             if self.run_folder and ranks.is_first():
                 _remove_traces(folder, self.verb)
-            self.error = error  # raised here, Hydra would print a traceback
+            self.error = error  # if raised here, Hydra would print a traceback
         except Exception:
-            logging.getLogger("mnist_lit.crash").exception("the run failed")  # for the log's file
+            logging.getLogger("mnist_lit.crash").exception("the run failed")  # into the log file
             raise
 
     def _check(self, config: Any) -> None:
         from omegaconf.errors import InterpolationResolutionError
 
-        with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} has a value only once there is a folder
+        with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} needs the folder
             _refuse_what_is_missing(checked_values(self.verb, config).get("trainer", {}))
 
     def _decide(self, config: Any) -> tuple[str, str | None]:
-        """The run's folder, which is this run's from now on, and what it goes on from, if it does."""
+        """The run folder, claimed for this run, and the checkpoint to resume from, if any."""
         typed = any(key_of(override) == "hydra.run.dir" for override in config.hydra.overrides.hydra)
         if wanted := config.get("resume"):
             from mnist_lit.cli import resume
 
             if typed:
-                raise UserError("resume= goes on in the run's own folder: leave out hydra.run.dir")
+                raise UserError("resume= uses the folder of the run: remove hydra.run.dir")
             run = resume.find(wanted)
             return str(run.folder), str(run.start)
         self._check(config)
         folder = claimed("hydra.run.dir", config.hydra.run.dir, typed)
         if runs.contains_run(folder):
             raise UserError(
-                f"{folder} holds a run already: choose another hydra.run.dir, or go on with it: resume={folder}"
+                f"{folder} already contains a run: choose another hydra.run.dir, or resume it: resume={folder}"
             )
         return str(folder), None
 
     def _continued(self, config: Any, start: str) -> dict[str, Any]:
-        """The configuration of the run that goes on, with what may change and was typed."""
+        """The configuration of the resumed run, with the overrides that are allowed."""
         from mnist_lit.cli import resume
 
         asked = plain_values(config)
-        # Typed: named by an override, or set by a group that was chosen. The only time that Hydra composes again.
+        # Typed means named by an override, or set by a chosen group. Only here does Hydra compose a second time.
         unchanged, new = flatten(plain_values(self.files.compose([]))), flatten(asked)
         named = {key_of(override) for override in config.hydra.overrides.task}
         typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
@@ -230,7 +230,7 @@ class Command:
 
 
 def _run_composed(command: Command, config: Any) -> None:
-    """What hydra.main does with a configuration, once it has composed it."""
+    """What hydra.main does after composing the configuration."""
     from hydra._internal.callbacks import Callbacks
     from hydra.core.utils import JobRuntime, run_job, setup_globals
     from hydra.types import HydraContext
@@ -243,10 +243,10 @@ def _run_composed(command: Command, config: Any) -> None:
 
 
 def for_another_process(verb: str, config: Any) -> Any:
-    """A composed run's configuration, checked, for the process that shall be that run.
+    """A composed configuration, checked, for the process that will run it.
 
     Returns:
-        None where its own command shall compose it, because it has something to refuse.
+        None if it is invalid: then the process composes it itself, and reports the error.
     """
     from omegaconf import OmegaConf, open_dict, read_write
     from omegaconf.errors import InterpolationResolutionError
@@ -257,16 +257,16 @@ def for_another_process(verb: str, config: Any) -> Any:
     except UserError:
         return None
     with read_write(config.hydra), open_dict(config.hydra):
-        for plugin in ("launcher", "sweeper"):  # plain values: pickle refuses classes that Hydra has imported anew
+        for plugin in ("launcher", "sweeper"):  # pickle rejects classes that Hydra has reimported
             config.hydra[plugin] = OmegaConf.to_container(config.hydra[plugin])
     return config
 
 
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
-    """In this block, which imports, collect no garbage, and say after a second what is being loaded."""
-    # Imports leave no garbage; to look for it among half a million objects takes a sixth of their time, and later 0.4 s
-    # again and again. What was there before torch is hardly worth a thought.
+    """In this block, which imports packages, collect no garbage, and after a second print what is being loaded."""
+    # Imports create no garbage, and scanning half a million objects for it takes a sixth of their time, and 0.4 s each
+    # time later. That is why they are frozen.
     first, collects = "torch" not in sys.modules, gc.isenabled()
     gc.disable()
     timer = threading.Timer(1.0, print, [f"loading {what} ..."], {"file": sys.stderr, "flush": True})
@@ -279,13 +279,13 @@ def loading(what: str) -> Iterator[None]:
         timer.cancel()
         if first and "torch" in sys.modules:
             gc.freeze()
-            atexit.register(gc.unfreeze)  # or some of them complain that they were not taken down
+            atexit.register(gc.unfreeze)  # otherwise some report a leak at exit
         if collects:
             gc.enable()
 
 
 def claimed(key: str, value: str | None, typed: bool) -> Path:
-    """The folder ``value`` of ``key``, made if it is not there; if it was not typed, one that nobody else has."""
+    """The folder ``value`` of ``key``, created if missing; unless typed, a new one that no other run has."""
     if not value:
         raise UserError(f"{key}= is empty: give it a folder, or leave it out")
     folder = Path(value)
@@ -297,17 +297,17 @@ def claimed(key: str, value: str | None, typed: bool) -> Path:
 
 def _refuse_what_is_missing(trainer: dict[str, Any]) -> None:
     accelerator, machines = trainer.get("accelerator"), trainer.get("num_nodes", 1)
-    if machines > 1 and not ranks.by_torchrun():  # each would prepare a folder of its own, and wait for the others
-        raise UserError(f"trainer.num_nodes={machines}: several machines are started with torchrun (see README.md)")
+    if machines > 1 and not ranks.by_torchrun():  # each would make its own folder and wait for the others
+        raise UserError(f"trainer.num_nodes={machines}: use torchrun to start several machines (see README.md)")
     # Where the system itself has no GPU there is no need to import torch to find that out.
     devices = ("nvidia[0-9]*", "nvidiactl", "nvmap", "nvhost-gpu", "dxg", "kfd")  # NVIDIA, Jetson, WSL, ROCm
     if accelerator in ("gpu", "cuda") and sys.platform == "linux":
         if not any(found for device in devices for found in Path("/dev").glob(device)):
-            raise UserError(f"trainer.accelerator={accelerator}: this machine has no GPU; auto takes what there is")
+            raise UserError(f"trainer.accelerator={accelerator}: this machine has no GPU; auto uses what is available")
 
 
 def _remove_traces(folder: Path, verb: str) -> None:
-    """A run that was refused leaves no folder behind, where nothing else is in it."""
+    """Delete the folder of a rejected run if nothing else is in it."""
     if {path.name for path in folder.iterdir()} <= {".hydra", f"{verb}.log"}:
         shutil.rmtree(folder / ".hydra", ignore_errors=True)
         (folder / f"{verb}.log").unlink(missing_ok=True)

@@ -1,8 +1,7 @@
-"""What the server of ``job`` imports once for all jobs: the other packages that a training run takes.
+"""The packages of a training run, which the server of ``job`` imports once for all jobs.
 
-For that server alone: whoever else imports this gets them and no more.
-
-This one's own modules each job reads as they are when it starts.
+Importing this elsewhere has no other effect. This project's own modules are not here, so each job reads them as they are
+when it starts.
 """
 
 # ruff: noqa: F401

@@ -1,8 +1,7 @@
-"""The processes of one run: which of them this one is, how all get the folder that the first one has prepared, and how
-none is left behind when another ends.
+"""Multi-process runs: rank detection, sharing the run folder, and cleanup when a process dies.
 
-Lightning starts the further processes of a machine by the first one's command line, which names the folder. torchrun
-starts all of them, on one machine or several, and connects them by a store that its agent keeps.
+Lightning starts the other processes of a machine with the command line of the first, and names the folder. torchrun
+starts all processes, on one machine or several, and connects them through a store that its agent keeps.
 """
 
 import json
@@ -21,14 +20,14 @@ from mnist_lit.cli.config import key_of
 
 T = TypeVar("T")
 
-PARENT = "MNIST_LIT_PARENT"  # the environment's variable with the number of the run's first process
+PARENT = "MNIST_LIT_PARENT"  # environment variable with the process ID of the run's first process
 LONGEST_PREPARATION = timedelta(minutes=5)
-GRACE = 20  # seconds that a process has to end by itself, once the one that has started it is gone
-FIRST_SAYS_IT = 3  # seconds in which the first process can say what concerns all, and end the others
+GRACE = 20  # seconds for a process to end by itself once the one that started it is gone
+FIRST_SAYS_IT = 3  # seconds for the first process to report an error that all of them have, and to end the others
 
 
 class LostProcessError(UserError):
-    """Another process of the run has ended."""
+    """Another process of the run has died."""
 
 
 def by_torchrun() -> bool:
@@ -36,7 +35,7 @@ def by_torchrun() -> bool:
 
 
 def is_started_by_another() -> bool:
-    """Whether torchrun's agent or, on its own machine, the run's first process has started this one."""
+    """Whether torchrun's agent, or the run's first process on this machine, has started this process."""
     return "LOCAL_RANK" in os.environ
 
 
@@ -65,11 +64,11 @@ def take_torchruns_numbers(config: Any) -> None:
 
 
 def decided_by_first(decide: Callable[[], T]) -> T:
-    """What ``decide()`` gives in the first of torchrun's processes, in all of them. It must be JSON's.
+    """The result of ``decide()`` in the first of torchrun's processes, for all of them. It must be JSON-serializable.
 
     Raises:
         UserError: ``decide`` does.
-        SystemExit: It did in the first process, which says so.
+        SystemExit: ``decide`` failed in the first process, which reports it.
     """
     store = _store()
     name = f"mnist_lit/decided/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
@@ -86,25 +85,25 @@ def decided_by_first(decide: Callable[[], T]) -> T:
     return published
 
 
-@cache  # where it is the first process's, it closes with the last reference, and the others may not have read it yet
+@cache  # the first process may own it, and would close it with the last reference before the others have read
 def _store() -> Any:
-    """The store of torchrun's agent or, where there is none, one in the first process that init_process_group shares."""
+    """The store of torchrun's agent or, if there is none, one in the first process, which init_process_group shares."""
     import torch.distributed
 
     return next(torch.distributed.rendezvous("env://", timeout=LONGEST_PREPARATION))[0]
 
 
 def tell_children() -> None:
-    """Lets the processes that this one starts know whose end they are to notice: it may come before they can look."""
+    """Tell the processes that this one starts whose end to watch for; it may come before they can look."""
     os.environ[PARENT] = str(os.getpid())
 
 
 def end_with_parent() -> None:
-    """From now on this process ends soon after the one that has started it, whatever it waits for."""
+    """From now on, this process ends soon after the one that started it, whatever it is waiting for."""
 
     def end() -> None:
         time.sleep(GRACE)
-        os.write(2, b"the process that has started this one is gone, so this one ends, too\n")
+        os.write(2, b"the process that started this one is gone: exiting\n")
         os._exit(1)
 
     when_parent_ends(os.getppid() if by_torchrun() else int(os.environ.get(PARENT, os.getppid())), end)
@@ -123,22 +122,17 @@ def when_parent_ends(parent: int, end: Callable[[], None]) -> None:
 
 @contextmanager
 def loss_as_user_error(resume_hint: Callable[[], str]) -> Iterator[None]:
-    """In this block a lost connection to another process of the run comes out as one sentence.
+    """In this block, a lost connection to another process of the run raises ``LostProcessError``.
 
     Args:
-        resume_hint: Gives the sentence's end.
-
-    Raises:
-        LostProcessError
+        resume_hint: Gives the end of the message.
     """
     try:
         yield
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        raise LostProcessError(
-            f"another process of this run has ended, so this one ends, too{resume_hint()}"
-        ) from error
+        raise LostProcessError(f"another process of this run has died, so this one ends, too{resume_hint()}") from error
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

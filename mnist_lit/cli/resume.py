@@ -1,4 +1,4 @@
-"""``resume=``: which run goes on, from which checkpoint, and with which configuration."""
+"""``resume=``: finds the run and checkpoint to resume from, and merges allowed overrides into its configuration."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from mnist_lit.cli.config import ConfigFiles, flatten
 from mnist_lit.storage import runs
 from mnist_lit.storage.checkpoint_file import corruption, with_current_names
 
-# What may change without making it another run: where the data are (their checksum is compared), what is shown and
-# recorded, and what it runs on, though with another device or another number of threads the bits will differ.
+# Keys that may change without changing the run: where the data are (their checksum is compared), what is shown and
+# recorded, and the hardware, although another device or number of threads changes the last bits.
 MAY_CHANGE = (
     *("resume", "data.dir", "data.source", "logger", "checkpoint", "model.cpu_kernel"),
     *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
@@ -23,12 +23,12 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has begun.
+    """A run that has been started.
 
     Attributes:
         folder: Its folder.
-        start: The checkpoint to go on from, or the folder itself where there is none yet.
-        config: What ``config.yaml`` has.
+        start: The checkpoint to resume from, or the folder itself if there is none yet.
+        config: The content of ``config.yaml``.
     """
 
     folder: Path
@@ -37,14 +37,14 @@ class Run:
 
 
 def find(wanted: str, outputs: Path | None = None) -> Run:
-    """The run that ``resume=`` means.
+    """Find the run that ``resume=`` refers to.
 
     Args:
         wanted: ``latest``, a run's folder, or a checkpoint in one.
         outputs: The folder with the runs, for ``latest``; None for that of ``conf/train.yaml``.
 
     Raises:
-        UserError: There is no such run, or its checkpoint is damaged; then the message names the newest whole one.
+        UserError: There is no such run, or its checkpoint is corrupt; then the message names the newest intact one.
     """
     path = Path(wanted)
     if wanted == "latest" and not path.exists():
@@ -62,7 +62,7 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
     config |= {section: with_current_names(config[section]) for section in ("model", "optimizer")}
     if path.is_file():
         if path.name == Path(runs.BEST).name:  # it is from within a validation, where Lightning cannot go on exactly
-            raise UserError(f"resume={wanted}: the best weights are to be tested, not gone on with: resume={folder}")
+            raise UserError(f"resume={wanted}: best.ckpt cannot be resumed, only tested: resume={folder}")
         if reason := corruption(path):
             raise UserError(f"resume={wanted}: {reason}{runs.suggest_intact(folder, path, 'resume')}")
         return Run(folder, path, config)
@@ -73,14 +73,14 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
 
 
 def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any]:
-    """The configuration to go on with: the run's own, with what may change and was typed.
+    """The configuration of the run, with the overrides that may change.
 
     Args:
-        asked: The configuration of the command line.
-        typed: The keys in it that were given there, as ``flatten`` names them.
+        asked: The configuration that the command line gives.
+        typed: The keys that were set there, as ``flatten`` names them.
 
     Raises:
-        UserError: A key was typed whose value would make it another run; all of them are named.
+        UserError: Some of the overrides would change the run; the message names them all.
     """
     own, new = flatten(run.config), flatten(asked)
     different = sorted(key for key in typed if own.get(key) != new.get(key))
@@ -88,10 +88,10 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     other = [key for key in different if not may_change(key) and key != epochs]
     if other:
         differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)
-        raise UserError(f"{run.folder} is another run: {differences}; leave these out to go on with it")
+        raise UserError(f"{run.folder} is another run: {differences}; remove these overrides to resume it")
     if epochs in different and (own[epochs] == -1 or 0 < new[epochs] < own[epochs]):
         had = "no limit of epochs" if own[epochs] == -1 else f"{own[epochs]} epochs"
-        raise UserError(f"{run.folder} was to have {had}: it can be given more, not fewer")
+        raise UserError(f"{run.folder} has {had}: trainer.max_epochs can only be increased")
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
     for key in different:
         section, _, name = key.partition(".")
@@ -103,5 +103,5 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
 
 
 def may_change(key: str, free: Iterable[str] = MAY_CHANGE) -> bool:
-    """Whether ``key``, or the section that it is in, may change without making it another run."""
+    """Whether ``key``, or its section, may change without changing the run."""
     return any(key == each or key.startswith(f"{each}.") for each in free)

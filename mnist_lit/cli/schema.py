@@ -1,7 +1,7 @@
 """The types and ranges of this project's own keys.
 
-Arguments of a class (``model``, ``optimizer``, ``trainer``, ``data``, ``logger``) are checked by the class itself; here
-are only those that it would find out late. Keys that are not here are carried along as they are.
+The arguments of a class (``model``, ``optimizer``, ``trainer``, ``data``, ``logger``) are checked by the class itself;
+only those that it would check late are here. Other keys are passed on as they are.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
-carries_along = with_config(ConfigDict(extra="allow"))  # what it does not know
+carries_along = with_config(ConfigDict(extra="allow"))
 forbids_more = with_config(ConfigDict(extra="forbid"))
 
 

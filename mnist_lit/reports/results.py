@@ -1,4 +1,4 @@
-"""The results of a run: what ``metrics.json`` holds, and the table on the terminal."""
+"""The results of a run: the content of ``metrics.json``, and the tables on the terminal."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ from mnist_lit.storage.provenance import SAMPLE_NAME
 
 
 def training_results(recorder: Any, best_path: Path | None) -> dict[str, Any]:
-    """What a training has to say of itself.
+    """The results of training.
 
     Args:
-        recorder: Its ``RunRecorder``.
-        best_path: The checkpoint with the best weights by validation, where those are tested.
+        recorder: The ``RunRecorder`` of the run.
+        best_path: The checkpoint with the best weights by validation, if those are tested.
     """
     final = recorder.history[-1] if recorder.history else {}
-    # The first of the best, as the checkpoint callback keeps it.
+    # The first of equals, as in the checkpoint callback.
     tested = max(recorder.validations, key=lambda row: row["val/acc"]) if best_path else final
     return {
         **{key: final[key] for key in ("train/loss", "train/acc") if key in final},
@@ -29,7 +29,7 @@ def training_results(recorder: Any, best_path: Path | None) -> dict[str, Any]:
 
 
 def results_of_finished_run(folder: Path, max_epochs: int | None) -> dict[str, Any] | None:
-    """What ``metrics.json`` has, if no more epochs are asked for than it is of."""
+    """The content of ``metrics.json``, if the run is finished and no more epochs are asked for."""
     try:
         results: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The jobs of a sweep, as their folders have them."""
+"""The jobs of a sweep, as they are stored in their folders."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,21 +9,21 @@ from typing import Any
 from mnist_lit.cli import resume
 from mnist_lit.storage.atomic import atomic_write
 
-FILE = "job.json"  # in a job's folder: what it was asked, and how it ended
+FILE = "job.json"  # in a job's folder: its overrides and status
 
 
 @dataclass
 class Job:
-    """One job of a sweep, as ``job.json`` in its folder has it.
+    """One job of a sweep, as stored in ``job.json`` in its folder.
 
     Attributes:
-        folder: Its folder; not in the file.
-        overrides: What was changed for it, key by key.
-        config: The whole configuration that this gives, flat.
-        swept: The keys that its sweep has several values of.
+        folder: Its folder; not stored.
+        overrides: Its overrides, by key.
+        config: Its whole configuration, flattened.
+        swept: The keys that have several values in the sweep.
         status: waiting, running, finished, failed or stopped.
         reason: Why it failed, or empty.
-        seconds: How long its process took, the start included.
+        seconds: The wall time of its process.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class Job:
     @classmethod
     def read(cls, folder: Path) -> "Job":
         job = cls(folder, **json.loads((folder / FILE).read_text(encoding="utf-8")))
-        if job.results:  # perhaps it was all done when the sweep was killed
+        if job.results:  # it may have finished after the sweep was killed
             job.status, job.reason = "finished", ""
         return job
 
@@ -49,13 +49,13 @@ class Job:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What ``metrics.json`` has: empty as long as the job has not ended well."""
+        """The content of ``metrics.json``; empty unless the job has finished."""
         path = self.folder / "metrics.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def differing(jobs: Sequence[Job]) -> list[str]:
-    """The keys by whose values the jobs differ, in the order of the command line."""
+    """The keys whose values differ between the jobs, in the order of the command line."""
     keys = {key: None for job in jobs for key in job.overrides}
     return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
 
@@ -66,13 +66,13 @@ def title(overrides: dict[str, str], keys: Sequence[str]) -> str:
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """All jobs that a sweep's folder has."""
+    """All jobs in the folder of a sweep."""
     return [Job.read(path.parent) for path in sorted(folder.glob(f"*/{FILE}"))]
 
 
 def identity(config: dict[str, Any], swept: Iterable[str]) -> str:
-    """What makes a job another one than those with other configurations: all but where it runs and where the data are,
-    which do not change its results. What is swept over, or which data they are, always does."""
+    """A key that is equal for jobs with the same results: the configuration without hardware and data folder, except
+    for keys that are swept over."""
     keys = [key.lstrip("+~") for key in swept] + ["data.source"]
     free = [each for each in resume.MAY_CHANGE if not any(key == each or key.startswith(f"{each}.") for key in keys)]
     decisive = {key: value for key, value in config.items() if not resume.may_change(key, free)}

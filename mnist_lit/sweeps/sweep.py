@@ -1,7 +1,7 @@
-"""A sweep: which jobs it has, which of them are missing, and what Hydra calls for each.
+"""Sweeps: plans the jobs, finds those that are missing, and runs each in its own process.
 
-Hydra's launchers decide where and when a job runs. There its work is the plain command in a process of its own, so no
-job can end another one, and a killed launcher leaves jobs behind that the same command goes on with.
+Hydra's launchers decide where and when a job runs. The job itself is the plain command in its own process, so no job can
+end another, and the same command continues a sweep whose launcher was killed.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from mnist_lit.sweeps.summary import NOT_RANKED, summarize
 log = logging.getLogger("mnist_lit.sweeps.sweep")
 
 QUOTES = "'\""
-# Where the jobs run and what the folders are called is the sweep's affair; each job has a folder of its own.
+# Overrides that concern the sweep: where jobs run and how their folders are named. They are not passed on to a job.
 OF_THE_SWEEP = re.compile(r"[+~]*hydra(/launcher|/sweeper|\.(launcher|sweeper|sweep|run|mode|job_logging|callbacks)\b)")
 
 
 def asked_jobs(files: ConfigFiles, overrides: Sequence[str]) -> list[Job]:
-    """The jobs that a sweep asks for, without folders.
+    """The jobs that the overrides of a sweep ask for, without folders.
 
     Raises:
         UserError: Another sweeper was chosen.
@@ -44,21 +44,21 @@ def asked_jobs(files: ConfigFiles, overrides: Sequence[str]) -> list[Job]:
 
 
 def plan(asked: Sequence[Job], folder: Path) -> list[Job]:
-    """The jobs of a sweep, each with its folder: the one that was asked the same before, or a new one.
+    """The jobs with their folders: that of an earlier job with the same configuration, or a new one.
 
     Raises:
         UserError: ``folder`` holds a single run.
     """
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run, not a sweep: choose another hydra.sweep.dir")
-    folder = folder.absolute()  # jobs may run in processes that are elsewhere
+    folder = folder.absolute()  # jobs may run in other working directories
     known = {identity(job.config, asked[0].swept): job for job in read_jobs(folder)}
     jobs: list[Job] = []
     for new in asked:
         mine = known.setdefault(identity(new.config, new.swept), new)
         if not mine.folder.name:
             mine.folder = runs.claim(folder / _name(new.overrides, new.swept))
-        if not mine.results:  # what does not make it another job, such as where the data are, may have been put right
+        if not mine.results:  # what does not distinguish jobs, such as the data folder, may have been corrected
             mine.overrides, mine.config, mine.swept = new.overrides, new.config, new.swept
             mine.write()
         jobs.append(mine)
@@ -66,7 +66,7 @@ def plan(asked: Sequence[Job], folder: Path) -> list[Job]:
 
 
 def sweep_jobs(files: ConfigFiles, overrides: Iterable[str]) -> list[list[str]]:
-    """The overrides of each job of a sweep without Hydra's own, as Hydra's basic sweeper makes them, in its order.
+    """The overrides of each job, without Hydra's own, as Hydra's basic sweeper expands them, in its order.
 
     Raises:
         UserError: Another sweeper was chosen.
@@ -109,7 +109,7 @@ class Sweep:
         keys: Those by whose values the jobs differ.
         for_each: Arguments for each job's command besides its overrides.
         output_subdir: ``hydra.output_subdir`` of each job.
-        quiet: Whether jobs run side by side, so that what they say would be a muddle.
+        quiet: Whether to hide the output of the jobs, because they run side by side.
     """
 
     output_subdir: str | None = None
@@ -128,15 +128,15 @@ class Sweep:
 
         launch.tracebacks = self.tracebacks
         launch.show_tracebacks_as_asked()
-        if os.getppid() == self.process:  # joblib's processes would wait for ever for one that was killed
+        if os.getppid() == self.process:  # joblib's processes would wait forever for a killed parent
             job.end_with(self.process)
         number = HydraConfig.get().job.num
         mine = self.jobs[number]
         if any(each.folder == mine.folder for each in self.jobs[:number]):
-            return  # the same was asked twice
+            return  # a duplicate
         place, asked = f"job {number + 1} of {len(self.jobs)}", title(mine.overrides, self.keys)
         if (mine.folder / "metrics.json").exists():
-            mine.write()  # perhaps the sweep was killed before it could say so
+            mine.write()  # the sweep may have been killed before it could write this
             log.info("%s has been run: %s", place, asked)
             return
         if self._is_over():
@@ -178,8 +178,8 @@ class Sweep:
         return [*each, *self.for_each, quoted(f"hydra.run.dir={mine.folder}")]
 
     def _composed(self, mine: Job, config: Any) -> Any:
-        """What Hydra has composed for this job, made to a run in the job's folder; None where its own command shall
-        compose it, as it does to go on with what was begun."""
+        """The job's configuration, as a run in the job's folder; None if the job's command has to compose it itself,
+        which it does to resume."""
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
         from omegaconf import open_dict, read_write
@@ -194,7 +194,7 @@ class Sweep:
         return launch.for_another_process(self.verb, config)
 
     def _is_over(self) -> bool:
-        """Whether the process that runs the sweep is gone; known only on the same machine."""
+        """Whether the process that runs the sweep has ended; only known on the same machine."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -205,7 +205,7 @@ class Sweep:
 
 
 def run(verb: str, files: ConfigFiles, flags: Any, hydra_main: Any) -> None:
-    """Have Hydra run a sweep, and say at the end which jobs have failed.
+    """Have Hydra run a sweep, and report failed jobs at the end.
 
     Raises:
         UserError: A job cannot be composed, or jobs have failed.
@@ -228,7 +228,7 @@ def run(verb: str, files: ConfigFiles, flags: Any, hydra_main: Any) -> None:
 
 
 class SweepCommand:
-    """A sweep as the command of this process: plans the jobs before Hydra runs them, and sums up after.
+    """The sweep as the command of this process: plans the jobs before Hydra runs them, and summarizes them afterwards.
 
     Args:
         stack: Holds the lock of the sweep's folder.
@@ -237,16 +237,16 @@ class SweepCommand:
     def __init__(self, verb: str, files: ConfigFiles, flags: Any, stack: contextlib.ExitStack) -> None:
         self.flags, self.stack = flags, stack
         self.task = Sweep(verb, files)
-        self.again = ""  # the end of a sentence about a sweep that has stopped
+        self.again = ""  # how to continue, as the end of a message
 
     def prepare(self, config: Any) -> None:
         from omegaconf import open_dict, read_write
 
         own, hydras = list(config.hydra.overrides.task), list(config.hydra.overrides.hydra)
         if config.get("resume"):
-            raise UserError("resume= goes on with one run: leave out -m (a sweep goes on with its hydra.sweep.dir=)")
+            raise UserError("resume= resumes a single run: remove -m (to continue a sweep, give its hydra.sweep.dir=)")
         if any(key_of(override) == "hydra.sweep.subdir" for override in hydras):
-            raise UserError("hydra.sweep.subdir: a job's folder has the name of what was changed for it")
+            raise UserError("hydra.sweep.subdir: a job's folder is named after its overrides")
         job.find_package()  # a launcher's process may start elsewhere
         job.warm_up()
         jobs = asked_jobs(self.task.files, [*own, *hydras])  # before a folder is made
@@ -264,7 +264,7 @@ class SweepCommand:
         self.task.keys = differing(self.task.jobs)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.sweep.dir, config.hydra.output_subdir = str(folder), None  # each job has its own .hydra
-            # From these the launcher composes the jobs.
+            # The launcher composes the jobs with these.
             config.hydra.overrides.hydra += [quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"]
         if not all(job.config["data.val_size"] for job in self.task.jobs):
             log.warning(NOT_RANKED)

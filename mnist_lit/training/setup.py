@@ -1,4 +1,4 @@
-"""What surrounds a training or a test: Lightning's Trainer from the configuration, its loggers, and what it ran on."""
+"""Sets up training and testing: Lightning's Trainer from the configuration, its loggers, checks of the data."""
 
 import logging
 import math
@@ -35,16 +35,16 @@ def build_trainer(
     datamodule: Any,
     resumed: bool = False,
 ) -> L.Trainer:
-    """A Trainer that writes into ``folder`` and shows a bar on a terminal.
+    """Build a Trainer that writes to ``folder`` and shows a progress bar on a terminal.
 
     Args:
         arguments: The section ``trainer`` of the configuration.
-        logger: Each chosen logger's name with its class and arguments.
-        datamodule: What it will train or test on; without a validation split it does not validate.
-        resumed: Whether a run in this folder goes on.
+        logger: The class and arguments of each logger, by name.
+        datamodule: The data; without a validation split, validation is disabled.
+        resumed: Whether a run in this folder is resumed.
 
     Raises:
-        UserError: Lightning does not take an argument, or this machine lacks the device or a logger's package.
+        UserError: Lightning rejects an argument, or this machine lacks the device or a package.
     """
     tidy_messages()
     shows_bar = arguments.get("enable_progress_bar", True) and sys.stdout.isatty()
@@ -54,7 +54,7 @@ def build_trainer(
         **({} if getattr(datamodule, "val_size", True) else no_validation),
         "enable_progress_bar": shows_bar,
         "enable_model_summary": False,  # ``log_header`` has it
-        "enable_checkpointing": True,  # Lightning wants this where a callback could write one
+        "enable_checkpointing": True,  # required by a callback that may write checkpoints
     }
     try:
         trainer = instantiate(
@@ -65,23 +65,23 @@ def build_trainer(
             callbacks=[TerminateOtherRanks(), *callbacks, *([ProgressBar()] if shows_bar else [])],
             logger=[_logger(name, options, folder, resumed) for name, options in (logger or {}).items()],
             default_root_dir=folder,
-            use_distributed_sampler=False,  # the loaders share a batch out among the processes themselves
+            use_distributed_sampler=False,  # the loaders distribute each batch themselves
         )
     except UserError as error:
         if arguments.get("accelerator") not in ("gpu", "cuda", "mps", "tpu"):
             raise
         asked = f"trainer.accelerator={arguments['accelerator']} trainer.devices={arguments.get('devices', 'auto')}"
         raise UserError(
-            f"{asked} is more than this machine has; trainer.accelerator=auto takes what there is ({error})"
+            f"{asked} is not available on this machine; trainer.accelerator=auto uses what is ({error})"
         ) from error
     cores = os.cpu_count() or 1
     if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
-        raise UserError(f"trainer.devices={arguments['devices']}: this machine has {cores} CPU cores to share out")
+        raise UserError(f"trainer.devices={arguments['devices']}: this machine has only {cores} CPU cores")
     return trainer
 
 
 class TerminateOtherRanks(L.Callback):
-    """When this process fails, ends those that Lightning has started from it: they would only find that it is gone."""
+    """When this process fails, kills those that Lightning has started from it."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         started = getattr(trainer.strategy.launcher, "procs", [])
@@ -95,15 +95,15 @@ class TerminateOtherRanks(L.Callback):
 def prepare_data(
     trainer: L.Trainer, data: Any, arguments: dict[str, Any], stages: Sequence[str] = ("train", "val", "test")
 ) -> None:
-    """Set the data up, and refuse what Lightning would find out in the middle of a run, or not at all.
+    """Set up the data, and check what Lightning would notice late or never.
 
     Args:
         arguments: The section ``trainer`` of the configuration.
         stages: What the data will be used for.
 
     Raises:
-        UserError: The data are missing or damaged; a fraction of the batches selects none; a validation after more
-            batches than there are; or a batch that the processes cannot share equally.
+        UserError: The data are missing or corrupt, a fraction of the batches selects none, the validation interval is
+            longer than an epoch, or a batch cannot be divided equally among the processes.
     """
     data.prepare_data()
     data.setup()
@@ -125,7 +125,7 @@ def prepare_data(
 
 
 def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str, Any], resume: Any) -> None:
-    """Say what is trained on what, and give the loggers the configuration."""
+    """Log the network and the data, and pass the configuration to the loggers."""
     if config["trainer"].get("enable_model_summary", True):
         parameters = sum(parameter.numel() for parameter in classifier.parameters())
         log.info("%s\n%s parameters", classifier.network, f"{parameters:,}")
@@ -137,16 +137,16 @@ def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str,
     if resume:
         where = Path(resume)
         start = where.name if where.is_file() else "its beginning"
-        log.info("going on with %s from %s", runs.display_path(Path(trainer.default_root_dir)), start)
+        log.info("resuming %s from %s", runs.display_path(Path(trainer.default_root_dir)), start)
 
 
 def log_above_progress_bar(trainer: L.Trainer) -> AbstractContextManager[None]:
-    """In this block a line of the log goes above the progress bar, not into it."""
-    return logging_redirect_tqdm() if trainer.is_global_zero else nullcontext()  # there is one bar
+    """In this block, lines of the log appear above the progress bar."""
+    return logging_redirect_tqdm() if trainer.is_global_zero else nullcontext()  # only it has a bar
 
 
 def conditions(trainer: L.Trainer, data: Any) -> dict[str, Any]:
-    """What a result depends on besides the configuration, for ``metrics.json``."""
+    """What results depend on besides the configuration: hardware, data and versions."""
     device, threads = trainer.strategy.root_device, torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     name += f", {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else ""
@@ -160,15 +160,15 @@ def conditions(trainer: L.Trainer, data: Any) -> dict[str, Any]:
 
 
 def tidy_messages() -> None:
-    """Every message of Lightning's once, on the terminal and in the run's log; those that say nothing, never."""
+    """De-duplicate Lightning's messages, and silence the uninformative ones."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are ready in memory
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # the model logs by epoch
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")  # no validation split
-    # The same layout by other numbers: a stride over the one input channel means nothing.
+    # The layouts are equal: with one input channel, its stride does not matter.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning 2.6 with torch 2.15
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
-    if logging.getLogger().hasHandlers():  # set up by Hydra; Lightning's own handlers would say it a second time
+    if logging.getLogger().hasHandlers():  # Hydra's; Lightning's own handlers would print everything twice
         logging.captureWarnings(True)
         for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).handlers.clear()
@@ -182,7 +182,7 @@ def _says_something(record: logging.LogRecord) -> bool:
 def _logger(name: str, options: dict[str, Any], folder: Path, resumed: bool) -> Any:
     section = f"logger.{name}"
     if resumed and issubclass(find_class(section, options, object), loggers.CSVLogger):
-        parts = len(list(folder.glob(f"{options['name']}*"))) + 1  # it deletes what it finds in its folder
+        parts = len(list(folder.glob(f"{options['name']}*"))) + 1  # CSVLogger deletes what is in its folder
         options = {**options, "name": f"{options['name']}_{parts}" if parts > 1 else options["name"]}
     own = {key: value for key, value in options.items() if key != "save_dir"}
     try:
