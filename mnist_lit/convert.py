@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import UserError, require_packages
+from mnist_lit import UserError, compat, require_packages
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.storage.atomic import atomic_path, require_free
 
@@ -142,7 +142,7 @@ def save_checkpoint(classifier: Any, path: Path) -> None:
     messages.setLevel(logging.WARNING)  # which devices there are is nobody's question here
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     messages.setLevel(level)
-    trainer.strategy.connect(classifier)
+    compat.attach_model(trainer, classifier)
     trainer.save_checkpoint(path, weights_only=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit import UserError
+from mnist_lit import UserError, compat
 from mnist_lit.build import build
 from mnist_lit.storage.checkpoint_file import require_same_shapes, with_current_names
 from mnist_lit.storage.provenance import UNKNOWN_DATA, trained_on, why_not_to_test
@@ -102,15 +102,12 @@ class MNISTClassifier(L.LightningModule):
     def load_metric_states(self, stage: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Put what ``metric_states`` gave for this process into its metrics."""
         for name, metric in self._metrics(stage).items():
-            for key, value in states[name].items():
-                setattr(metric, key, value.to(metric.device))
+            metric.load_state_dict({key: value.to(metric.device) for key, value in states[name].items()})
 
     def running(self, stage: str) -> dict[str, float]:
         """Mean loss and accuracy of this process's part of the epoch so far: what a progress bar shows."""
-        metrics = self._metrics(stage)
-        loss, acc = metrics["loss"], metrics["acc"]
-        # Not compute(): with several processes it waits for the others, and a bar is drawn by one of them only.
-        return {"loss": float(loss.mean_value / loss.weight), "acc": float(acc.tp / (acc.tp + acc.fn))}
+        # Not compute(): it waits for the other ranks, and only rank 0 draws a progress bar.
+        return {name: float(compat.compute_locally(metric)) for name, metric in self._metrics(stage).items()}
 
     def on_train_start(self) -> None:
         facts = _facts(self.trainer.train_dataloader)

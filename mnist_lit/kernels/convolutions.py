@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mnist_lit import compat
 from mnist_lit.kernels.dropout import Dropout, is_plain_call, keep_mask
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "pool": (nn.MaxPool2d, POOL),
     "dropout": (Dropout, {}),
 }
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def can_replace(conv1: Any, conv2: Any, pool: Any, dropout: Any, images: Tensor) -> bool:
@@ -77,8 +77,7 @@ def _why_called(name: str, layer: nn.Module) -> str:
     others = type(layer) is not cls or any(getattr(layer, key) != value for key, value in arguments.items())
     if others or getattr(layer, "bias", True) is None:
         return "is another layer than the tutorial's"
-    attached = any(getattr(layer, hooks) for hooks in HOOKS) or "forward" in vars(layer)
-    return "has hooks" if attached or torch.nn.modules.module._has_any_global_hook() else ""
+    return "has hooks" if "forward" in vars(layer) or compat.has_hooks(layer) else ""
 
 
 def convolutions(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mnist_lit import compat
+
 
 class Dropout(nn.Module):
     """``nn.Dropout`` with quicker draws on a CPU, the same ones that ``convolutions`` takes.
@@ -54,5 +56,5 @@ def is_plain_call(x: object) -> bool:
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not torch.jit.is_tracing()
-        and not torch._C._functorch.peek_interpreter_stack()
+        and not compat.in_functorch_transform()
     )

@@ -53,7 +53,6 @@ class Search:
         self.composing = threading.Lock()  # Hydra composes one configuration at a time
         self.stop = threading.Event()
         self.beginning: dict[int, float] = {}  # since when a trial is known to be about to begin
-        self.retry = study._storage.get_heartbeat_stale_trial_callback()
 
     def work(self) -> None:
         with ThreadPoolExecutor(self.workers) as pool:
@@ -145,10 +144,10 @@ class Search:
         if ended.code != 0 and not self.stop.is_set() and hopeless:
             raise optuna.TrialPruned(f"after epoch {curve.epoch}")
         killed = ended.code < 0 or ended.code in STOPPED
-        before = self.study._storage.get_trial(trial._trial_id)
+        before = self.study.trials[trial.number]
         again = killed and len(before.system_attrs.get("retry_history", [])) < MAX_RETRIES
         if ended.code != 0 and (self.stop.is_set() or again):
-            self.retry(self.study, before)
+            optuna.storages.RetryHeartbeatStaleTrialCallback()(self.study, before)
             raise TrialError("stopped or killed; it will be run again")
         if ended.code != 0 or curve.best is None:
             reason = ended.reason.removeprefix("train: ") if ended.code else "nothing was validated"

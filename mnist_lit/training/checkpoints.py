@@ -16,7 +16,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mnist_lit import Interrupted, UserError
+from mnist_lit import Interrupted, UserError, compat
 from mnist_lit.storage.atomic import atomic_path, sync_folder
 from mnist_lit.storage.checkpoint_file import corruption, read_checkpoint
 from mnist_lit.storage.runs import BEST, LAST, NEW, PREVIOUS, resume_hint, versions
@@ -83,6 +83,7 @@ class Checkpoints(Checkpoint):
         self._stopped_early = False  # by something else than the number of epochs or steps
         self._signal: int | None = None  # the first one that came
         self._testing = False
+        self._step_before = -1  # trainer.global_step when the batch began
 
     @property
     def best_path(self) -> Path | None:
@@ -91,8 +92,11 @@ class Checkpoints(Checkpoint):
 
     # When
 
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._step_before = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if not _validation_follows(trainer):
+        if not compat.validation_follows(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,8 +109,8 @@ class Checkpoints(Checkpoint):
         self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
-        loop = trainer.fit_loop
-        if loop._should_accumulate() or loop.epoch_loop.done or trainer.is_last_batch:  # the epoch's end follows
+        accumulating = trainer.global_step == self._step_before
+        if accumulating or _epoch_ends(trainer):
             return
         asked = self._asked(trainer)
         if asked or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
@@ -116,7 +120,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         asked, epochs = self._asked(trainer), trainer.current_epoch + 1
-        self._stopped_early = trainer.should_stop and trainer.fit_loop._can_stop_early
+        self._stopped_early = trainer.should_stop and _minimum_reached(trainer, epochs)
         finished = self._stopped_early or epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
         # With max_steps Lightning cannot go on from the end of an epoch; it can from every step.
         possible = finished or trainer.max_steps == -1
@@ -242,10 +246,16 @@ def machine(trainer: L.Trainer) -> dict[str, Any]:
     }
 
 
-def _validation_follows(trainer: L.Trainer) -> bool:
-    """Whether Lightning validates after this batch; a checkpoint before that would leave the validation out."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+def _epoch_ends(trainer: L.Trainer) -> bool:
+    """Whether the current batch is the last that Lightning trains on in this epoch."""
+    reached_max_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    stopped = trainer.should_stop and _minimum_reached(trainer, trainer.current_epoch)
+    return trainer.is_last_batch or reached_max_steps or stopped
+
+
+def _minimum_reached(trainer: L.Trainer, epochs: int) -> bool:
+    """Whether ``min_epochs`` and ``min_steps`` let a run stop early after so many whole epochs."""
+    return epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
 
 
 def compare_machines(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import loggers
 
-from mnist_lit import UserError
+from mnist_lit import UserError, compat
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.training.checkpoints import AtomicCheckpointIO
 from mnist_lit.training.progress import ProgressBar
@@ -66,7 +66,7 @@ class TerminateOtherRanks(L.Callback):
     """When this process fails, ends those that Lightning has started from it: they would only find that it is gone."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        started = getattr(trainer.strategy.launcher, "procs", [])
+        started = compat.launched_processes(trainer)
         others = started[:]
         started.clear()  # Lightning's observer looks at this list, and would kill this process for one of them
         for process in others:
