@@ -88,7 +88,7 @@ def has_hooks(module: "nn.Module") -> bool:
     )
 
 
-# Python 3.11 to 3.13. A forked multiprocessing process ends by os._exit and skips what the interpreter does at a normal exit.
+# Python 3.11 to 3.13. A process that multiprocessing has forked ends by os._exit, skipping the interpreter's shutdown.
 
 
 def run_finalizers() -> None:

@@ -1,4 +1,4 @@
-"""Files of checkpoints: written whole or not at all, and refused when damaged; the numbers are the rows of docs/faults.md."""
+"""Checkpoint files: written atomically, refused when damaged; the numbers are the rows of docs/faults.md."""
 
 import os
 import random
@@ -61,8 +61,8 @@ except WriteError as error:
     done = subprocess.run(["unshare", "-m", "sh", "-c", mount, script], capture_output=True, text=True, check=False)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip("this system does not let a test mount a disk")
-    assert "disk full (12." in done.stdout and "MB are needed" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.endswith("what was there before is untouched True 1\n")
+    assert "disk full (12." in done.stdout and "MB needed" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.endswith("any previous file is unchanged True 1\n")
 
 
 def test_06_a_folder_that_cannot_be_written_to_later_ends_the_run_loudly(tmp_path: Path, monkeypatch) -> None:
@@ -131,7 +131,7 @@ def test_08_what_is_no_checkpoint_gets_one_line(tmp_path: Path) -> None:
         "text": "is not a checkpoint",
         "zip": "is not a checkpoint",
         "list": "has no state_dict",
-        "weights": "does not say which network it is of",
+        "weights": "hyper_parameters lack the model or the optimizer",
     }.items():
         with pytest.raises(UserError, match=reason) as refused:
             load_classifier(tmp_path / name)
@@ -149,11 +149,11 @@ class Payload:
 def test_09_nothing_in_a_checkpoint_is_executed(run: Path, tmp_path: Path) -> None:
     content = torch.load(run / runs.LAST, weights_only=True)
     torch.save({**content, "extra": Payload(tmp_path / "executed")}, tmp_path / "pickle.ckpt")
-    with pytest.raises(UserError, match="nothing was read"):
+    with pytest.raises(UserError, match="nothing was loaded"):
         load_classifier(tmp_path / "pickle.ckpt")
     content["hyper_parameters"]["_instantiator"] = "os.abort"
     torch.save(content, tmp_path / "instantiator.ckpt")
-    with pytest.raises(UserError, match="nothing of it was called"):
+    with pytest.raises(UserError, match="nothing was called"):
         load_classifier(tmp_path / "instantiator.ckpt")
     assert not (tmp_path / "executed").exists()
 
@@ -168,9 +168,9 @@ def test_10_weights_of_another_architecture_are_refused_with_the_difference(run:
         with pytest.raises(UserError) as refused:
             load(tmp_path / "other.ckpt")
         for part in (
-            "no network.dense1.bias",
+            "missing network.dense1.bias",
             "network.dense2.weight (10, 128) instead of (10, 250)",
-            "network.dense3.bias unknown here",
+            "unexpected network.dense3.bias",
         ):
             assert part in str(refused.value)
 

@@ -1,1 +1,1 @@
-"""What training needs besides the model: the Trainer, its callbacks, checkpoints and exact resume."""
+"""Training support: the Trainer, its callbacks, checkpoints and exact resume."""
