@@ -1,10 +1,13 @@
 """The private names that ``mnist_lit.compat`` relies on, in the real libraries: each test names what an upgrade broke."""
 
 import atexit
+import itertools
+import re
 import signal
 import subprocess
 import sys
 import threading
+import tomllib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import ROOT
+from packaging.requirements import Requirement
 from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -177,6 +181,17 @@ os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["thread", "finalizer", "handler"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
+def test_the_locked_versions_are_within_the_bounds_of_pyproject(lock: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / lock).read_text(), re.MULTILINE)
+    for line in itertools.chain(project["dependencies"], *project["optional-dependencies"].values()):
+        asked = Requirement(line)
+        versions = [version for name, version in found if name == asked.name]
+        assert all(asked.specifier.contains(version) for version in versions), f"{line}, but {lock} has {versions}"
+        assert versions or line not in project["dependencies"], f"{lock} lacks {asked.name}"
 
 
 def test_importing_it_loads_no_library() -> None:
