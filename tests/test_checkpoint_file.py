@@ -1,5 +1,6 @@
 """Checkpoint files: written atomically, refused when damaged; the numbers are the rows of docs/faults.md."""
 
+import copy
 import os
 import random
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from helpers import ROOT, assert_same, small
 
 from mnist_lit import UserError
 from mnist_lit.cli.resume import find
+from mnist_lit.inference import trained
 from mnist_lit.inference.trained import load_classifier
 from mnist_lit.model import MNISTClassifier
+from mnist_lit.network import TutorialCNN
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import TEMPORARY, WriteError
 from mnist_lit.storage.checkpoint_file import corruption, read_checkpoint
@@ -173,6 +177,30 @@ def test_10_weights_of_another_architecture_are_refused_with_the_difference(run:
             "unexpected network.dense3.bias",
         ):
             assert part in str(refused.value)
+
+
+def test_a_checkpoint_of_an_older_version_loads_with_the_same_outputs(run: Path, tmp_path: Path, sample: Any) -> None:
+    content = torch.load(run / runs.LAST, weights_only=True)
+    model, optimizer = content["hyper_parameters"]["model"], content["hyper_parameters"]["optimizer"]
+    model["dropout"], optimizer["lr"] = 0.25, 0.5  # not the defaults
+    expected_arguments = copy.deepcopy(content["hyper_parameters"])
+    model["network"], model["compiled"] = model.pop("_target_"), model.pop("cpu_kernel")
+    optimizer["name"] = optimizer.pop("_target_").removeprefix("torch.optim.")
+    assert model.keys() == {"network", "dropout", "compiled"} and optimizer["name"] == "Adadelta"
+    torch.save(content, tmp_path / "older.ckpt")
+
+    images = next(iter(sample.test_dataloader()))[0]
+    loaded: list[Any] = [
+        load(tmp_path / "older.ckpt") for load in (trained.load, load_classifier, MNISTClassifier.load_from_checkpoint)
+    ]
+    with torch.no_grad():
+        expected = trained.load(run / runs.LAST)(images)
+        for each in loaded:
+            assert_same(each.eval()(images), expected)
+            assert (type(each.network), each.network.dropout.p) == (TutorialCNN, 0.25)
+    for each in loaded[1:]:
+        assert dict(each.hparams) == expected_arguments  # so what is saved next has today's keys
+        assert each.configure_optimizers().defaults["lr"] == 0.5
 
 
 def test_11_a_checkpoint_made_on_a_gpu_loads_on_a_cpu(run: Path, tmp_path: Path) -> None:
