@@ -38,9 +38,8 @@ def instantiate(section: str, config: Mapping[str, Any], kind: type[T], **defaul
     import hydra.utils
 
     cls = find_class(section, config, kind)
-    return call(
-        section, cls, **{**accepted(cls, defaults), **hydra.utils.instantiate(_arguments(config), _convert_="all")}
-    )
+    given = hydra.utils.instantiate(_arguments(config), _convert_="all")
+    return call(section, cls, **{**accepted(cls, defaults), **given})
 
 
 def find_class(section: str, config: Mapping[str, Any], kind: type[T]) -> type[T]:

@@ -14,14 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mnist_lit import UserError
-from mnist_lit.storage.mnist_files import (
-    DownloadError,
-    fetch_missing_files,
-    missing_files,
-    read_mnist,
-    read_sample,
-    sha256,
-)
+from mnist_lit.storage import mnist_files
 from mnist_lit.storage.provenance import MNIST_NAME, SAMPLE_NAME
 
 log = logging.getLogger(__name__)
@@ -67,23 +60,21 @@ class MNISTDataModule(L.LightningDataModule):
         if self.facts or self.source == "sample":  # called before each of fit, test and predict
             return
         try:
-            fetch_missing_files(self.dir / "MNIST" / "raw")
-        except DownloadError as error:
+            mnist_files.fetch_missing_files(self.dir / "MNIST" / "raw")
+        except mnist_files.DownloadError as error:
             if self.source == "mnist":
                 raise UserError(str(error)) from error
-            why = textwrap.fill(
-                f"Why: {error}", 76, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
-            )
-            log.warning(SAMPLE_WARNING, why)
+            reason = textwrap.fill(f"Why: {error}", 74, break_on_hyphens=False)
+            log.warning(SAMPLE_WARNING, textwrap.indent(reason, "  "))
 
     def setup(self, stage: str | None = None) -> None:
         if self.facts:
             return
         raw = self.dir / "MNIST" / "raw"
-        if self.source == "sample" or (self.source == "auto" and missing_files(raw)):
-            name, arrays = SAMPLE_NAME, read_sample()
+        if self.source == "sample" or (self.source == "auto" and mnist_files.missing_files(raw)):
+            name, arrays = SAMPLE_NAME, mnist_files.read_sample()
         else:
-            name, arrays = MNIST_NAME, read_mnist(raw)
+            name, arrays = MNIST_NAME, mnist_files.read_mnist(raw)
         train_images, train_labels, self.test_images, self.test_labels = arrays
         if not 0 <= self.val_size < len(train_labels):
             raise UserError(
@@ -98,7 +89,7 @@ class MNISTDataModule(L.LightningDataModule):
             "train": len(self.train_labels),
             "val": len(self.val_labels),
             "test": len(self.test_labels),
-            "sha256": sha256(*(array.numpy().tobytes() for array in arrays)),
+            "sha256": mnist_files.sha256(*(array.numpy().tobytes() for array in arrays)),
         }
 
     def train_dataloader(self) -> DataLoader:
@@ -110,8 +101,7 @@ class MNISTDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.test_images, self.test_labels)
 
-    def predict_dataloader(self) -> DataLoader:
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
     def _loader(self, images: Tensor, labels: Tensor, seed: int | None = None) -> DataLoader:
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

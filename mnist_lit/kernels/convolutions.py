@@ -104,10 +104,11 @@ def convolutions(
     - A NaN or infinite incoming gradient always reaches the weight gradients, even where ReLU masks it.
     - Zero gradients are skipped; a dense sum would give NaN for zero times infinity.
     """
-    if reason := why_plain(images, weight1, bias1, weight2, bias2):
+    parameters = weight1, bias1, weight2, bias2
+    if reason := why_plain(images, *parameters):
         _log_once(f"convolutions: plain PyTorch, because {reason}")
-        return plain(images, weight1, bias1, weight2, bias2, kept=kept, scale=scale)
-    return _compiled(images, weight1, bias1, weight2, bias2, kept, scale)
+        return plain(images, *parameters, kept=kept, scale=scale)
+    return _compiled(images, *parameters, kept, scale)
 
 
 def _compiled(images: Tensor, *others: Any) -> Tensor:
@@ -118,17 +119,9 @@ def _compiled(images: Tensor, *others: Any) -> Tensor:
     return features
 
 
-def plain(
-    images: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    *,
-    kept: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
+def plain(images: Tensor, *parameters: Tensor, kept: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """``convolutions`` in plain PyTorch: the reference for the compiled operator, and its fallback."""
+    weight1, bias1, weight2, bias2 = parameters
     x = torch.relu(F.conv2d(images, weight1, bias1))
     # ReLU after pooling gives the same values and gradients as before it, on a ninth of the values.
     x = torch.relu(F.max_pool2d(F.conv2d(x, weight2, bias2), 3))

@@ -24,7 +24,7 @@ from mnist_lit.training.progress import epoch_name
 
 log = logging.getLogger(__name__)
 
-SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,10 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise OSError(f"the written file does not read back: {reason}")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """
-        Raises:
-            UserError: As ``read_checkpoint``.
-        """
+        """Load with ``read_checkpoint``, which raises ``UserError``."""
         return read_checkpoint(Path(path))
 
 
@@ -82,7 +79,6 @@ class Checkpoints(Checkpoint):
         self.best: dict[str, Any] = {}
         self._stopped_early = False  # by a callback, before max_epochs or max_steps
         self._signal: int | None = None  # the first signal received
-        self._testing = False
         self._step_before = -1  # trainer.global_step at the start of the batch
 
     @property
@@ -169,26 +165,20 @@ class Checkpoints(Checkpoint):
     # Signals
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._install_handlers(trainer)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._testing = True
-        self._install_handlers(trainer)
-
-    def _install_handlers(self, trainer: L.Trainer) -> None:
         """Replace Lightning's handlers, which use other exit codes; Lightning restores the original ones itself."""
-        self._is_global_zero = trainer.is_global_zero
+        self._trainer = trainer
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup and in a shell's background jobs
                     signal.signal(number, self._on_signal)
 
+    on_test_start = on_train_start
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._testing or self._signal is not None:
-            name = SIGNALS[signal.Signals(number)]
-            raise Interrupted(number, f"stopped immediately by {name}{resume_hint(self.folder)}")
+        if self._trainer.testing or self._signal is not None:  # a test can be repeated as a whole
+            raise Interrupted(number, f"stopped immediately by {SIGNALS[number]}{resume_hint(self.folder)}")
         self._signal = number
-        if self._is_global_zero:
+        if self._trainer.is_global_zero:
             # Not by logging, which is not reentrant: the signal may have interrupted it.
             os.write(2, b"\nstopping after this step; a second signal stops immediately\n")
 
@@ -200,7 +190,7 @@ class Checkpoints(Checkpoint):
     def _stop(self, trainer: L.Trainer) -> None:
         number = self._signal or signal.SIGTERM
         where = f"after step {trainer.global_step} ({epoch_name(trainer)})"
-        raise Interrupted(number, f"stopped by {SIGNALS[signal.Signals(number)]} {where}{resume_hint(self.folder)}")
+        raise Interrupted(number, f"stopped by {SIGNALS[number]} {where}{resume_hint(self.folder)}")
 
 
 class StopOnNaN(L.Callback):

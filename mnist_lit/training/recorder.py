@@ -69,10 +69,8 @@ class RunRecorder(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._pause(trainer)
         epoch = trainer.current_epoch + 1
-        row = {
-            "epoch": epoch,
-            **pl_module.epoch("train"),
-        }  # callbacks run before the model's own hook, which logs these
+        # Not from callback_metrics: the model's own hook, which logs these, runs after the callbacks'.
+        row = {"epoch": epoch, **pl_module.epoch("train")}
         if self.validations and self.validations[-1]["epoch"] == epoch:
             row |= self.validations[-1]
         row["epoch_seconds"] = self._seconds
