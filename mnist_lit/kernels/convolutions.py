@@ -262,8 +262,8 @@ def _library() -> tuple[ctypes.CDLL | None, str, str]:
             try:
                 return ctypes.CDLL(str(path)), "", instructions
             except OSError as error:
-                return None, f"its library does not load ({error})", "none"
-    return None, "its library was not built (make setup builds it, with a C compiler)", "none"
+                return None, f"the compiled library does not load ({error})", "none"
+    return None, "the compiled library was not built (make setup builds it, with a C compiler)", "none"
 
 
 @functools.cache
