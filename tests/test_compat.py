@@ -24,6 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from mnist_lit import compat
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import MNISTClassifier
+from mnist_lit.training.checkpoints import _is_end_of_epoch
 
 
 def require(owner: Any, *names: str) -> None:
@@ -66,6 +67,44 @@ def test_validation_follows(arguments: dict[str, Any], expected: str) -> None:
     assert not compat.validation_follows(trainer)  # before fit
     trainer.fit(MNISTClassifier(), MNISTDataModule(source="sample", batch_size=980, val_size=80))
     assert "".join(predicted) == "".join(happened) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"max_epochs": 2}, "---e---e"),  # 4 batches an epoch
+        ({"max_epochs": 2, "limit_train_batches": 3}, "--e--e"),
+        ({"max_steps": 6}, "---e-e"),
+        ({"max_epochs": 2, "accumulate_grad_batches": 3}, "aa-eaa-e"),
+        ({"max_epochs": 9}, "-e"),  # stopped at the second batch
+        ({"max_epochs": 9, "min_epochs": 1}, "---e"),
+        ({"max_epochs": 9, "min_steps": 6}, "---e-e"),
+    ],
+)
+def test_the_checkpoints_know_from_public_properties_when_an_epoch_ends(
+    arguments: dict[str, Any], expected: str
+) -> None:
+    predicted: list[str] = []
+    happened: list[str] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            self.step_before = trainer.global_step
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if arguments.get("max_epochs") == 9 and len(happened) == 1:
+                trainer.should_stop = True
+            accumulating = trainer.global_step == self.step_before
+            predicted.append("e" if _is_end_of_epoch(trainer) else "a" if accumulating else "-")
+            happened.append("-")
+
+        def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            happened[-1] = "e"
+
+    trainer = trainer_for(limit_val_batches=0, callbacks=[Watch()], **arguments)
+    trainer.fit(MNISTClassifier(), MNISTDataModule(source="sample", batch_size=1000))
+    assert "".join(predicted) == expected
+    assert "".join(happened) == expected.replace("a", "-")
 
 
 @pytest.mark.slow
