@@ -1,4 +1,4 @@
-"""Objects from the configuration, as in Hydra: ``_target_`` names a class, the other keys are its arguments."""
+"""Instantiate objects from the configuration, as Hydra does: ``_target_`` names a class, other keys its arguments."""
 
 import inspect
 import pkgutil
@@ -11,32 +11,31 @@ from mnist_lit import UserError
 
 T = TypeVar("T")
 
-# What their classes raise says what is wrong with an argument; what other classes raise is shown with its traceback.
+# Exceptions from these packages' constructors become a UserError; any other keeps its traceback.
 LIBRARIES = ("lightning", "mnist_lit", "torch")
 
 
 def build(section: str, config: Mapping[str, Any], kind: type[T], *first: Any) -> T:
-    """An instance of the class that ``config`` names, with the values in ``config`` as its arguments.
+    """An instance of the class named by ``config["_target_"]``, with the other values as keyword arguments.
 
-    The values are taken as they are, so this is safe for what a file has.
+    Values are passed unchanged, nested ``_target_`` keys included, so a configuration from a checkpoint is safe.
 
     Args:
-        section: What ``config`` is called in the configuration.
-        kind: What the class must be a subclass of.
-        first: Positional arguments before the others.
+        section: The name of ``config`` for error messages.
+        kind: Required base class.
+        first: Positional arguments.
 
     Raises:
-        UserError: There is no such class, or it does not take the arguments.
+        UserError: There is no such class, or it does not accept the arguments.
     """
-    cls = find_class(section, config, kind)
-    return call(section, cls, *first, **{key: value for key, value in config.items() if key != "_target_"})
+    return call(section, find_class(section, config, kind), *first, **_arguments(config))
 
 
 def instantiate(section: str, config: Mapping[str, Any], kind: type[T], **defaults: Any) -> T:
-    """As ``build``, but values in ``config`` that have a ``_target_`` themselves become objects, too.
+    """Like ``build``, but nested values with a ``_target_`` are instantiated as well.
 
     Args:
-        defaults: Arguments for a class that takes them and for which ``config`` has no value.
+        defaults: Arguments to pass if the class accepts them and ``config`` does not give them.
     """
     import hydra.utils
 
@@ -53,7 +52,7 @@ def instantiate(section: str, config: Mapping[str, Any], kind: type[T], **defaul
 def find_class(section: str, config: Mapping[str, Any], kind: type[T]) -> type[T]:
     """
     Raises:
-        UserError: ``config`` names no class, or none of this kind.
+        UserError: ``config`` names no class, or not a subclass of ``kind``.
     """
     target = config.get("_target_")
     try:
@@ -68,7 +67,7 @@ def find_class(section: str, config: Mapping[str, Any], kind: type[T]) -> type[T
 def call(section: str, cls: Callable[..., T], *arguments: Any, **named: Any) -> T:
     """
     Raises:
-        UserError: ``cls`` does not take these arguments, or is of a library that refuses one of the values.
+        UserError: ``cls`` does not accept these arguments, or refuses one of the values.
     """
     try:
         inspect.signature(cls).bind(*arguments, **named)
@@ -112,5 +111,9 @@ def must_be(error: Any) -> str:
 
 
 def accepted(cls: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the ``arguments`` that ``cls`` has parameters for."""
+    """The subset of ``arguments`` that ``cls`` has parameters for."""
     return {key: value for key, value in arguments.items() if key in inspect.signature(cls).parameters}
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "_target_"}

@@ -1,4 +1,4 @@
-"""``MNISTClassifier``: the LightningModule around a network, with its loss, metrics and optimizer."""
+"""``MNISTClassifier``: a LightningModule with the network, loss, metrics and optimizer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit import UserError
+from mnist_lit import UserError, compat
 from mnist_lit.build import build
 from mnist_lit.storage.checkpoint_file import require_same_shapes, with_current_names
 from mnist_lit.storage.provenance import UNKNOWN_DATA, trained_on, why_not_to_test
@@ -19,18 +19,18 @@ TUTORIAL_OPTIMIZER = {"_target_": "torch.optim.Adadelta", "lr": 1.0, "rho": 0.95
 
 
 class MNISTClassifier(L.LightningModule):
-    """Trains and tests a network that turns images [N, 1, 28, 28] into ten logits; outside it shows probabilities.
+    """Trains and evaluates a network that maps images [N, 1, 28, 28] to logits [N, 10]; calling it gives probabilities.
 
     Args:
-        model: The network's class by its dotted name (``_target_``), and the class's arguments.
-        optimizer: The same for the optimizer.
+        model: The network's class as a dotted path (``_target_``) and its keyword arguments.
+        optimizer: Likewise for the optimizer.
         Both default to the tutorial's and are saved in checkpoints as plain values.
 
     Attributes:
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.
 
     Raises:
-        UserError: A class that does not exist, or arguments that it does not take.
+        UserError: A class does not exist or does not accept its arguments.
     """
 
     def __init__(self, model: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None) -> None:
@@ -41,19 +41,18 @@ class MNISTClassifier(L.LightningModule):
         self.network = build("model", model, nn.Module)
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics() for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
-        self.configure_optimizers()  # a wrong argument is refused here, before any work
+        self.configure_optimizers()  # fail early on invalid arguments
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probabilities [N, 10] of images [N, 1, 28, 28] with values from 0 to 1."""
+        """Probabilities [N, 10] of images [N, 1, 28, 28] in [0, 1]."""
         return self.network(images).softmax(dim=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        kind = torch.optim.Optimizer
-        return build("optimizer", self.hparams["optimizer"], kind, self.parameters())
+        return build("optimizer", self.hparams["optimizer"], torch.optim.Optimizer, self.parameters())
 
     def setup(self, stage: str) -> None:
         if self.trainer.strategy.root_device.type not in ("cpu", "cuda"):
-            # Channels-last convolutions on MPS have wrong gradients before macOS 15, and were slow until torch 2.14.
+            # On MPS, channels-last convolutions have wrong gradients before macOS 15 and are slow before torch 2.14.
             self.network.to(memory_format=torch.contiguous_format)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -63,7 +62,7 @@ class MNISTClassifier(L.LightningModule):
         self._step("val", batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Probabilities [B, 10], for the callbacks."""
+        """Probabilities [B, 10], which callbacks receive."""
         return self._step("test", batch)[1].float().softmax(dim=1)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -79,13 +78,13 @@ class MNISTClassifier(L.LightningModule):
         self._log("test")
 
     def epoch(self, stage: str) -> dict[str, float]:
-        """Mean loss and accuracy of the epoch that ends, over all processes."""
+        """Mean loss and accuracy of the epoch, over all processes."""
         return {f"{stage}/{name}": float(metric.compute()) for name, metric in self._metrics(stage).items()}
 
     def metric_states(self, stage: str) -> list[dict[str, dict[str, Tensor]]]:
-        """What the metrics of each process have gathered in this epoch so far: part of what a run goes on from.
+        """The metrics' states on each rank, to resume from in the middle of an epoch.
 
-        Not their sum: grouped differently, it differs in the last bit.
+        Not summed over ranks: floating-point sums depend on the grouping, so the result would differ in the last bit.
         """
         own = {
             name: {key: value.clone() for key, value in metric.metric_state.items()}
@@ -93,24 +92,21 @@ class MNISTClassifier(L.LightningModule):
         }
         if self.trainer.world_size == 1:
             return [own]
-        every: Any = self.all_gather(own)  # each value's first dimension is the process
+        gathered: Any = self.all_gather(own)  # adds a first dimension, the rank
         return [
-            {name: {key: value[rank].clone() for key, value in states.items()} for name, states in every.items()}
+            {name: {key: value[rank].clone() for key, value in states.items()} for name, states in gathered.items()}
             for rank in range(self.trainer.world_size)
         ]
 
     def load_metric_states(self, stage: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Put what ``metric_states`` gave for this process into its metrics."""
+        """Restore this rank's element of ``metric_states``."""
         for name, metric in self._metrics(stage).items():
-            for key, value in states[name].items():
-                setattr(metric, key, value.to(metric.device))
+            metric.load_state_dict({key: value.to(metric.device) for key, value in states[name].items()})
 
     def running(self, stage: str) -> dict[str, float]:
-        """Mean loss and accuracy of this process's part of the epoch so far: what a progress bar shows."""
-        metrics = self._metrics(stage)
-        loss, acc = metrics["loss"], metrics["acc"]
-        # Not compute(): with several processes it waits for the others, and a bar is drawn by one of them only.
-        return {"loss": float(loss.mean_value / loss.weight), "acc": float(acc.tp / (acc.tp + acc.fn))}
+        """Mean loss and accuracy so far in the epoch on this rank, for the progress bar."""
+        # Not compute(): it waits for the other ranks, and only rank 0 draws a progress bar.
+        return {name: float(compat.compute_locally(metric)) for name, metric in self._metrics(stage).items()}
 
     def on_train_start(self) -> None:
         facts = _facts(self.trainer.train_dataloader)
@@ -126,42 +122,40 @@ class MNISTClassifier(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """
         Raises:
-            UserError: The weights are those of another network.
+            UserError: The weights do not fit this network.
         """
         self.trained_on = trained_on(checkpoint)
         require_same_shapes(self.state_dict(), checkpoint["state_dict"])
 
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean loss and logits [B, 10], counted in the stage's metrics."""
+        """Mean loss and logits [B, 10], added to the stage's metrics."""
         images, labels = batch
         logits = self.network(images)
         loss = nn.functional.cross_entropy(logits, labels)
-        metrics = self._metrics(stage)
-        if not len(labels):  # of the last images there can be fewer than processes
-            return loss, logits
-        # Once an image: the mean is over images, however large the last batch is.
-        metrics["loss"].update(loss.detach().expand(len(labels)))
-        metrics["acc"].update(logits.detach(), labels)
+        if len(labels):  # the last batch can have fewer images than there are processes
+            metrics = self._metrics(stage)
+            metrics["loss"].update(loss.detach().expand(len(labels)))  # once per image: a mean over images
+            metrics["acc"].update(logits.detach(), labels)
         return loss, logits
 
     def _log(self, stage: str) -> None:
-        """Once an epoch: Lightning's bookkeeping of a logged value costs more than a millisecond at each step."""
+        """Log once per epoch: at every step, Lightning's bookkeeping would cost more than a millisecond."""
         self.log_dict({f"{stage}/{name}": metric for name, metric in self._metrics(stage).items()})
 
     def _metrics(self, stage: str) -> Any:
-        """The stage's metrics by their names, ``loss`` and ``acc``."""
+        """The stage's metrics by name: ``loss`` and ``acc``."""
         return self.metrics[f"{stage}_metrics"]
 
 
 def _facts(loaders: Any) -> dict[str, Any]:
-    """What the data set behind a loader, or the first of several, says of itself."""
+    """The ``facts`` of the data set behind a loader, or behind the first of several."""
     first = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
     return getattr(getattr(first, "dataset", None), "facts", UNKNOWN_DATA)
 
 
 def _stage_metrics() -> nn.ModuleDict:
-    # "disable": a NaN loss shows as NaN instead of being left out of the mean. torchmetrics 1.9 then ignores the
-    # weights that update() is given, too, so the step gives it the loss once an image.
+    # "disable": a NaN loss makes the mean NaN instead of being skipped. torchmetrics 1.9 then ignores the weights
+    # passed to update(), too, hence one value per image.
     return nn.ModuleDict(
         {
             "loss": MeanMetric(nan_strategy="disable"),

@@ -1,4 +1,4 @@
-"""The tutorial's network as a plain ``nn.Module``: torch and nothing else, so that using a model starts fast."""
+"""The tutorial's network, a plain ``nn.Module``; imports only torch, so inference starts quickly."""
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,13 @@ from mnist_lit.kernels.dropout import Dropout
 
 
 class TutorialCNN(nn.Module):
-    """Two convolutions, max-pooling, dropout and two dense layers: 1,045,576 parameters.
+    """Two convolutions, max pooling, dropout and two dense layers: 1,045,576 parameters.
 
-    Weights start as Keras starts them: Glorot-uniform kernels, zero biases.
+    Initialized as in Keras: Glorot-uniform weights, zero biases.
 
     Args:
-        dropout: Fraction of the 4,096 pooled values that a training step drops, at least 0 and less than 1.
-        cpu_kernel: Whether the convolutions may run as one C function (``mnist_lit.kernels``) where it applies.
+        dropout: Probability of dropping each of the 4,096 pooled features during training, in [0, 1).
+        cpu_kernel: Whether to run the convolutions as a fused C kernel (``mnist_lit.kernels``) where possible.
     """
 
     def __init__(self, dropout: float = 0.5, cpu_kernel: bool = True) -> None:
@@ -31,19 +31,19 @@ class TutorialCNN(nn.Module):
                 nn.init.xavier_uniform_(parameter)
             else:
                 nn.init.zeros_(parameter)
-        # Shapes stay N,C,H,W; only the order in memory changes, which makes PyTorch's convolutions faster on a CPU. What
-        # conv1 gives sets the order for those that follow; their weights stay as tools such as pruning want them.
+        # Channels-last convolutions are faster on a CPU. The memory format propagates from conv1's output, so the
+        # other layers' weights can stay contiguous, as tools such as pruning require.
         self.conv1.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [N, 10] of images [N, 1, 28, 28] with values from 0 to 1."""
+        """Logits [N, 10] of images [N, 1, 28, 28] in [0, 1]."""
         layers = self.conv1, self.conv2, self.pool, self.dropout
         if self.cpu_kernel and can_replace(*layers, images):
-            x = features(*layers, images)  # the four lines below as one operator
+            x = features(*layers, images)  # the four lines below, fused
         else:
             x = self.conv1(images).relu()  # [N, 32, 26, 26]
             x = self.conv2(x)  # [N, 64, 24, 24]
-            x = self.pool(x).relu()  # [N, 64, 8, 8]; the same as ReLU before it, on a ninth of the numbers
+            x = self.pool(x).relu()  # [N, 64, 8, 8]; same as ReLU before pooling, on a ninth of the values
             x = self.dropout(x)
         x = self.dense1(x.flatten(1)).sigmoid()  # [N, 250]
         return self.dense2(x)

@@ -1,5 +1,6 @@
-"""Files of checkpoints: written whole or not at all, and refused when damaged; the numbers are the rows of docs/faults.md."""
+"""Checkpoint files: written atomically, refused when damaged; the numbers are the rows of docs/faults.md."""
 
+import copy
 import os
 import random
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from helpers import ROOT, assert_same, small
 
 from mnist_lit import UserError
 from mnist_lit.cli.resume import find
+from mnist_lit.inference import trained
 from mnist_lit.inference.trained import load_classifier
 from mnist_lit.model import MNISTClassifier
+from mnist_lit.network import TutorialCNN
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import TEMPORARY, WriteError
 from mnist_lit.storage.checkpoint_file import corruption, read_checkpoint
@@ -61,8 +65,8 @@ except WriteError as error:
     done = subprocess.run(["unshare", "-m", "sh", "-c", mount, script], capture_output=True, text=True, check=False)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip("this system does not let a test mount a disk")
-    assert "disk full (12." in done.stdout and "MB are needed" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.endswith("what was there before is untouched True 1\n")
+    assert "disk full (12." in done.stdout and "MB needed" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.endswith("any previous file is unchanged True 1\n")
 
 
 def test_06_a_folder_that_cannot_be_written_to_later_ends_the_run_loudly(tmp_path: Path, monkeypatch) -> None:
@@ -131,7 +135,7 @@ def test_08_what_is_no_checkpoint_gets_one_line(tmp_path: Path) -> None:
         "text": "is not a checkpoint",
         "zip": "is not a checkpoint",
         "list": "has no state_dict",
-        "weights": "does not say which network it is of",
+        "weights": "hyper_parameters lack the model or the optimizer",
     }.items():
         with pytest.raises(UserError, match=reason) as refused:
             load_classifier(tmp_path / name)
@@ -149,11 +153,11 @@ class Payload:
 def test_09_nothing_in_a_checkpoint_is_executed(run: Path, tmp_path: Path) -> None:
     content = torch.load(run / runs.LAST, weights_only=True)
     torch.save({**content, "extra": Payload(tmp_path / "executed")}, tmp_path / "pickle.ckpt")
-    with pytest.raises(UserError, match="nothing was read"):
+    with pytest.raises(UserError, match="nothing was loaded"):
         load_classifier(tmp_path / "pickle.ckpt")
     content["hyper_parameters"]["_instantiator"] = "os.abort"
     torch.save(content, tmp_path / "instantiator.ckpt")
-    with pytest.raises(UserError, match="nothing of it was called"):
+    with pytest.raises(UserError, match="nothing was called"):
         load_classifier(tmp_path / "instantiator.ckpt")
     assert not (tmp_path / "executed").exists()
 
@@ -168,11 +172,35 @@ def test_10_weights_of_another_architecture_are_refused_with_the_difference(run:
         with pytest.raises(UserError) as refused:
             load(tmp_path / "other.ckpt")
         for part in (
-            "no network.dense1.bias",
+            "missing network.dense1.bias",
             "network.dense2.weight (10, 128) instead of (10, 250)",
-            "network.dense3.bias unknown here",
+            "unexpected network.dense3.bias",
         ):
             assert part in str(refused.value)
+
+
+def test_a_checkpoint_of_an_older_version_loads_with_the_same_outputs(run: Path, tmp_path: Path, sample: Any) -> None:
+    content = torch.load(run / runs.LAST, weights_only=True)
+    model, optimizer = content["hyper_parameters"]["model"], content["hyper_parameters"]["optimizer"]
+    model["dropout"], optimizer["lr"] = 0.25, 0.5  # not the defaults
+    expected_arguments = copy.deepcopy(content["hyper_parameters"])
+    model["network"], model["compiled"] = model.pop("_target_"), model.pop("cpu_kernel")
+    optimizer["name"] = optimizer.pop("_target_").removeprefix("torch.optim.")
+    assert model.keys() == {"network", "dropout", "compiled"} and optimizer["name"] == "Adadelta"
+    torch.save(content, tmp_path / "older.ckpt")
+
+    images = next(iter(sample.test_dataloader()))[0]
+    loaded: list[Any] = [
+        load(tmp_path / "older.ckpt") for load in (trained.load, load_classifier, MNISTClassifier.load_from_checkpoint)
+    ]
+    with torch.no_grad():
+        expected = trained.load(run / runs.LAST)(images)
+        for each in loaded:
+            assert_same(each.eval()(images), expected)
+            assert (type(each.network), each.network.dropout.p) == (TutorialCNN, 0.25)
+    for each in loaded[1:]:
+        assert dict(each.hparams) == expected_arguments  # so what is saved next has today's keys
+        assert each.configure_optimizers().defaults["lr"] == 0.5
 
 
 def test_11_a_checkpoint_made_on_a_gpu_loads_on_a_cpu(run: Path, tmp_path: Path) -> None:

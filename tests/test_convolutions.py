@@ -27,11 +27,11 @@ pytestmark = pytest.mark.skipif(room.instruction_set() == "none", reason="no C c
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test finds the library, and says its lines, anew."""
-    for cached in (room._library, room._say):
+    for cached in (room._library, room._log_once):
         cached.cache_clear()
     yield
     monkeypatch.undo()
-    for cached in (room._library, room._say):
+    for cached in (room._library, room._log_once):
         cached.cache_clear()
 
 
@@ -228,11 +228,11 @@ def test_the_operators_keep_torchs_rules() -> None:
 def reasons() -> dict[str, tuple[Tensor, list[Tensor], str]]:
     images, weights = torch.rand(2, 1, 28, 28), parameters()
     return {
-        "double": (images.double(), [w.detach().double() for w in weights], "are for single precision"),
+        "double": (images.double(), [w.detach().double() for w in weights], "needs float32"),
         "image gradient": (images.clone().requires_grad_(), weights, "no gradient with respect to the images"),
         "tiny": (torch.rand(2, 1, 6, 28), weights, "at least 7x7 pixels"),
-        "colour": (torch.rand(2, 3, 28, 28), [torch.rand(32, 3, 3, 3), *weights[1:]], "images of one channel"),
-        "meta": (images.to("meta"), [w.detach().to("meta") for w in weights], "are for the CPU"),
+        "colour": (torch.rand(2, 3, 28, 28), [torch.rand(32, 3, 3, 3), *weights[1:]], "images with one channel"),
+        "meta": (images.to("meta"), [w.detach().to("meta") for w in weights], "on the CPU only"),
     }
 
 
@@ -258,7 +258,7 @@ def test_where_it_does_not_apply_plain_pytorch_runs_and_one_line_says_so(
 def test_autocast_export_and_transforms_take_plain_pytorch() -> None:
     images, weights = torch.rand(2, 1, 28, 28), parameters()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "single precision" in room.why_plain(images, *weights)
+        assert "needs float32" in room.why_plain(images, *weights)
         assert convolutions(images, *weights).dtype == torch.bfloat16
     exported = torch.export.export(TutorialCNN().eval(), (images,))
     assert "mnist_lit" not in str(exported.graph)

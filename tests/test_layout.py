@@ -12,7 +12,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "mnist_lit"
 # From the lowest floor to the highest; a name is a module or a sub-package.
 FLOORS = [
-    ["__init__"],
+    ["__init__", "compat"],
     ["storage", "kernels"],
     ["network", "build"],
     ["data", "model"],

@@ -86,7 +86,7 @@ def test_keep_mask_keeps_each_value_equally_often_and_the_mean_as_it_was(dropout
 
 
 def test_a_dropout_that_keeps_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="dropout must be from 0 to below 1"):
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
         TutorialCNN(dropout=1.0)
 
 

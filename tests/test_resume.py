@@ -154,12 +154,12 @@ def test_04_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.stderr
     for line in process.stderr:
-        if line.startswith("stopping at the end of this step"):
+        if line.startswith("stopping after this step"):
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1].startswith("train: stopped at once by Ctrl-C")
+    assert errors.splitlines()[-1].startswith("train: stopped immediately by Ctrl-C")
 
 
 def started(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
@@ -206,7 +206,7 @@ def test_12_other_data_and_another_number_of_processes_are_refused(finished_run:
     content = torch.load(folder / runs.LAST, weights_only=True)
     content["machine"]["processes"] = 2
     torch.save(content, folder / runs.LAST)
-    with pytest.raises(UserError, match="had 2 processes and not 1"):
+    with pytest.raises(UserError, match="this run used 2 processes, not 1"):
         resumed(folder, settings)
 
 
@@ -216,7 +216,7 @@ def test_12_another_version_is_a_warning(finished_run: Path, tmp_path: Path, cap
     content["machine"]["versions"]["torch"] = "1.0"
     torch.save(content, folder / runs.LAST)
     resumed(folder, small("trainer.max_epochs=3"))
-    assert "torch 1.0 before" in caplog.text
+    assert "the environment has changed: torch was 1.0, is " in caplog.text
 
 
 def test_13_latest_where_there_is_none_is_an_error(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_the_best_checkpoint_is_not_to_be_gone_on_with_and_the_one_before_is(
 ) -> None:
     import yaml
 
-    with pytest.raises(UserError, match="best.ckpt cannot be resumed"):
+    with pytest.raises(UserError, match=r"best\.ckpt cannot be resumed"):
         find(str(validated_run / runs.BEST), validated_run.parent)
     folder = shutil.copytree(validated_run, tmp_path / "run")
     (folder / "metrics.json").unlink()

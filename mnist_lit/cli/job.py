@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from mnist_lit import compat
 from mnist_lit.cli import launch, ranks
 
 SECONDS_TO_STOP = 60.0  # for the current step and its checkpoint
@@ -274,7 +274,7 @@ def _become(
     sys.path.insert(0, cwd)
     sys.modules.pop(module, None)  # if the process that has started this one has it as its main module
     atexit.unregister(os._exit)  # is meant for the server
-    for function in (logging.shutdown, weakref.finalize._exitfunc):  # type: ignore[attr-defined]
+    for function in (logging.shutdown, compat.run_finalizers):
         atexit.register(function)  # Python 3.13 has forgotten what imports in the server have registered
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -283,8 +283,7 @@ def _become(
         sys.exit(1)
     finally:
         # As Python ends a process, and multiprocessing does not, or in another order.
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
+        compat.shut_down_like_interpreter()
 
 
 def _added_by_imports() -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from mnist_lit import Interrupted, UserError
+from mnist_lit import Interrupted, UserError, compat
 from mnist_lit.cli import ranks
 from mnist_lit.cli.config import (
     CONF,
@@ -60,10 +60,9 @@ def launch(
     """
     global current
     import hydra
-    from hydra._internal.utils import get_args_parser
 
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
-    flags = get_args_parser().parse_intermixed_args(sys.argv[1:])
+    flags = compat.parse_hydra_arguments(sys.argv[1:])
     # Hydra wants the overrides side by side.
     sys.argv[1:] = [*(argument for argument in sys.argv[1:] if argument not in flags.overrides), *flags.overrides]
     files = ConfigFiles(flags.config_name or verb, flags.config_dir)
@@ -78,7 +77,8 @@ def launch(
     try:
         with files.errors_as_user_errors(flags.overrides), _exceptions_from_hydra():
             if composed:
-                _run_composed(command, composed)
+                ranks.tell_children()
+                compat.run_composed(command, composed)
             elif flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
                 if not sweep:
                     raise UserError("-m: only train makes sweeps")
@@ -227,19 +227,6 @@ class Command:
         continued = resume.continued(resume.find(start), asked, typed)
         _refuse_what_is_missing(continued["trainer"])
         return continued
-
-
-def _run_composed(command: Command, config: Any) -> None:
-    """What hydra.main does after composing the configuration."""
-    from hydra._internal.callbacks import Callbacks
-    from hydra.core.utils import JobRuntime, run_job, setup_globals
-    from hydra.types import HydraContext
-
-    ranks.tell_children()
-    setup_globals()
-    JobRuntime.instance().set("name", config.hydra.job.name)
-    context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
-    _ = run_job(command, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context).return_value
 
 
 def for_another_process(verb: str, config: Any) -> Any:

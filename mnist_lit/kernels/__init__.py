@@ -1,1 +1,1 @@
-"""Operators that are faster than what PyTorch puts together, each beside its plain-PyTorch reference."""
+"""Operators faster than PyTorch's own, each with a plain-PyTorch reference."""

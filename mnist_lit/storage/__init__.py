@@ -1,1 +1,1 @@
-"""Files: run folders, checkpoints, MNIST's own, and which data a model has seen."""
+"""Files on disk: run folders, checkpoints, the MNIST files, and atomic writes."""

@@ -1,4 +1,4 @@
-"""Writing a file so that nobody ever sees half of it."""
+"""Atomic file writes: a file appears complete or not at all."""
 
 import errno
 import os
@@ -10,18 +10,17 @@ from pathlib import Path
 
 from mnist_lit import UserError
 
-TEMPORARY = ".part-"  # how the names of unfinished files begin
+TEMPORARY = ".part-"  # prefix of unfinished files
 
 
 class WriteError(UserError):
-    """The disk is full, or the folder is not to be written to."""
+    """A file cannot be written: the disk is full, or the folder is not writable."""
 
 
 def require_free(key: str, path: Path, overwrite: bool) -> None:
     """
     Raises:
-        UserError: ``path``, the value of ``key``, cannot be written: it is there already and not to be overwritten, or
-            its folder is not there.
+        UserError: ``path``, the value of ``key``, must not be overwritten, or its folder does not exist.
     """
     if path.is_dir():
         raise UserError(f"{key}={path}: is a folder")
@@ -32,10 +31,10 @@ def require_free(key: str, path: Path, overwrite: bool) -> None:
 
 
 def atomic_write(path: Path, content: bytes | memoryview) -> None:
-    """Write ``path`` as ``atomic_path`` does.
+    """Write ``content`` to ``path`` atomically.
 
     Raises:
-        WriteError: What was there before is untouched.
+        WriteError: As ``atomic_path``.
     """
     with atomic_path(path, len(content)) as temporary:
         temporary.write_bytes(content)
@@ -43,15 +42,15 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
 
 @contextmanager
 def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
-    """A temporary file to write to, which gets the name ``path`` when the block ends well, and else disappears.
+    """Yield a temporary file that replaces ``path`` when the block succeeds, and is deleted when it fails.
 
-    It lies in the same folder and has the same ending, for those who write by it.
+    It is in the same folder and has the same suffix, which some writers choose the format by.
 
     Args:
-        size: How many bytes it will have, for the message when they do not fit.
+        size: The number of bytes to be written, for the error message when the disk is full.
 
     Raises:
-        WriteError: What was there before is untouched.
+        WriteError: ``path`` could not be written; any previous file is unchanged.
     """
     temporary = None
     try:
@@ -63,7 +62,7 @@ def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are readable by their owner only
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
         temporary.replace(path)
         temporary = None
         sync_folder(path.parent)
@@ -75,30 +74,30 @@ def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in ``folder`` on the disk, and not only in the system's memory, where it can do that."""
+    """Flush the folder's entries to disk, so that a rename survives a power failure, where the system supports it."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by some network file systems
             raise
     finally:
         os.close(handle)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what was left by a process that was killed while it wrote into ``folder``."""
+    """Delete temporary files left in ``folder`` by a killed process."""
     for path in folder.glob(f"{TEMPORARY}*"):
         path.unlink(missing_ok=True)
 
 
 def _sentence(path: Path, size: int | None, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        needed = f"{size / 1e6:.1f} MB are needed, " if size else ""
+        needed = f"{size / 1e6:.1f} MB needed, " if size else ""
         free = shutil.disk_usage(path.parent).free
-        reason = f"disk full ({needed}{free / 1e6:.1f} MB are free)"
+        reason = f"disk full ({needed}{free / 1e6:.1f} MB free)"
     else:
         reason = error.strerror or str(error)
-    return f"cannot write {path}: {reason}; what was there before is untouched"
+    return f"cannot write {path}: {reason}; any previous file is unchanged"

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's file: nothing in it is executed, and what is damaged is refused."""
+"""Safe reading of checkpoint files: no code in them is executed, and damaged ones are refused."""
 
 import pickle
 import struct
@@ -10,14 +10,14 @@ from typing import Any
 
 from mnist_lit import UserError
 
-# What zipfile raises where a file's structure is wrong, besides BadZipFile.
+# What zipfile raises for a malformed archive, besides BadZipFile.
 BROKEN = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 
 
 def corruption(path: Path) -> str:
-    """Why ``path`` is not a whole checkpoint; empty if it is one.
+    """Why ``path`` is not an intact checkpoint; empty if it is.
 
-    PyTorch's files are zip archives with a checksum of each tensor inside, which its own reader does not compare.
+    PyTorch's files are zip archives with a checksum for each tensor, which ``torch.load`` does not verify.
     """
     if path.is_dir():
         return f"{path} is a folder, not a checkpoint"
@@ -40,10 +40,10 @@ def corruption(path: Path) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, its tensors on the CPU.
+    """Load a checkpoint with its tensors on the CPU.
 
     Raises:
-        UserError: It is missing, damaged, no checkpoint of Lightning, or holds more than tensors and plain values.
+        UserError: It is missing, damaged, not a Lightning checkpoint, or holds more than tensors and plain values.
     """
     import torch
 
@@ -53,31 +53,33 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors and plain values, and reading that would execute it: nothing was read"
+            f"{path} holds more than tensors and plain values; loading it could execute code, so nothing was loaded"
         ) from error
     except (RuntimeError, KeyError, ValueError, EOFError) as error:
         raise UserError(f"{path} is not a checkpoint ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} is not a checkpoint of this project: it has no state_dict")
-    if "_instantiator" in content.get("hyper_parameters", {}):  # names a function that Lightning would call
-        raise UserError(f"{path} says by itself what is to be called to load it: refused, and nothing of it was called")
+    if "_instantiator" in content.get("hyper_parameters", {}):  # a function for Lightning to call
+        raise UserError(f"{path} names a function to call on loading (_instantiator): refused, nothing was called")
     return content
 
 
 def hyper_parameters(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The sections ``model`` and ``optimizer`` of the configuration that a checkpoint was trained with.
+    """The ``model`` and ``optimizer`` sections of the configuration that a checkpoint was trained with.
 
     Raises:
-        UserError: It does not have them.
+        UserError: The checkpoint lacks them.
     """
     arguments: dict[str, Any] = checkpoint.get("hyper_parameters", {})
     if not arguments.keys() >= {"model", "optimizer"}:
-        raise UserError(f"{path} is not a checkpoint of this project: it does not say which network it is of")
+        raise UserError(
+            f"{path} is not a checkpoint of this project: its hyper_parameters lack the model or the optimizer"
+        )
     return {section: with_current_names(arguments[section]) for section in ("model", "optimizer")}
 
 
 def with_current_names(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's section ``model`` or ``optimizer`` as it is written today; older files have other keys."""
+    """A ``model`` or ``optimizer`` section with today's keys; files of older versions name some of them differently."""
     values = dict(section)
     if "network" in values and "_target_" not in values:
         values = {"_target_": values.pop("network"), **values}
@@ -89,15 +91,17 @@ def with_current_names(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_shapes(own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Compare the names and shapes of the tensors ``found`` in a checkpoint with the network's ``own``.
+    """Compare the tensors ``found`` in a checkpoint with the network's ``own``, by name and shape.
 
     Raises:
-        UserError: Names every difference.
+        UserError: They differ; the message lists every difference.
     """
-    differences = [f"no {key}" for key in own if key not in found] + [
-        f"{key} {'unknown here' if key not in own else f'{tuple(value.shape)} instead of {tuple(own[key].shape)}'}"
+    differences = [f"missing {key}" for key in own if key not in found]
+    differences += [f"unexpected {key}" for key in found if key not in own]
+    differences += [
+        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
         for key, value in found.items()
-        if key not in own or value.shape != own[key].shape
+        if key in own and value.shape != own[key].shape
     ]
     if differences:
-        raise UserError(f"the checkpoint is of another architecture: {', '.join(differences)}")
+        raise UserError(f"the checkpoint does not fit this architecture: {', '.join(differences)}")

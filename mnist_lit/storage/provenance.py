@@ -1,27 +1,27 @@
-"""Which data a model has seen, and on which it can therefore be tested."""
+"""Data provenance: which data a model was trained on, and whether it may be tested on a given data set."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-MNIST_NAME, SAMPLE_NAME = "mnist", "mnist-sample"  # as everything that a run writes calls the data
-UNKNOWN_DATA = {"name": "unknown"}  # what a checkpoint says of training data that do not come from MNISTDataModule
+MNIST_NAME, SAMPLE_NAME = "mnist", "mnist-sample"  # how all of a run's files name the data
+UNKNOWN_DATA = {"name": "unknown"}  # training data from elsewhere than MNISTDataModule
 
 
 def trained_on(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The data sets that a checkpoint says it was trained on."""
+    """The data sets that a checkpoint was trained on, according to itself."""
     data: list[dict[str, Any]] = checkpoint.get("data", [UNKNOWN_DATA])
     return data
 
 
 def why_not_to_test(trained_on: Iterable[Mapping[str, Any]], data: str) -> str:
-    """Why a model's accuracy on the test digits of ``data`` would mean nothing; empty if it means something.
+    """Why the test accuracy on ``data`` would be meaningless; empty if it is not.
 
-    The sample's test digits are training digits of the full set.
+    The sample's test images are training images of the full MNIST, so testing on them would leak training data.
     """
     others = [facts["name"] for facts in trained_on if facts["name"] != SAMPLE_NAME]
     if not others or data != SAMPLE_NAME:
         return ""
     return (
-        f"this model was trained on other data than the sample ({', '.join(others)}), and the sample's test "
-        "digits are training digits of the full MNIST: test it on that (data.source=mnist)"
+        f"this model was trained on other data than the sample ({', '.join(others)}), and the sample's test images "
+        "are training images of the full MNIST: test on the full MNIST instead (data.source=mnist)"
     )

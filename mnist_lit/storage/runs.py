@@ -1,4 +1,4 @@
-"""The folder of a run: how it is claimed, what stands in it, and how its files are written."""
+"""Run folders: creating, locking, reopening and finding them, and the files in them."""
 
 import fcntl
 import importlib.metadata
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "
 
 
 def claim(folder: Path) -> Path:
-    """Make ``folder``, or with _2, _3 ... at its end where another run was faster: no two runs get the same one."""
+    """Create ``folder``, with _2, _3 ... appended if it exists: no two runs ever get the same one."""
     for name in (folder.name, *(f"{folder.name}_{n}" for n in range(2, 1000))):
         try:
             folder.with_name(name).mkdir(parents=True)
@@ -36,7 +36,7 @@ def claim(folder: Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that a user has named, if it is not there."""
+    """Create a folder that the user has named, if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,14 +50,14 @@ def contains_run(folder: Path) -> bool:
 
 
 def newest_first(outputs: Path) -> list[Path]:
-    """The folders of the training runs in ``outputs``, and of the jobs of the sweeps in it."""
-    begun = [*outputs.glob("*/config.yaml"), *outputs.glob("*/*/config.yaml")]
-    begun = [file for file in begun if file.parent.name != ".hydra"]
-    return [file.parent for file in sorted(begun, key=lambda file: file.stat().st_mtime, reverse=True)]
+    """The folders of the training runs in ``outputs`` and of the jobs of its sweeps, the newest first."""
+    configs = [*outputs.glob("*/config.yaml"), *outputs.glob("*/*/config.yaml")]
+    configs = [file for file in configs if file.parent.name != ".hydra"]
+    return [file.parent for file in sorted(configs, key=lambda file: file.stat().st_mtime, reverse=True)]
 
 
 def suggest_intact(folder: Path, damaged: Path, key: str) -> str:
-    """The end of a sentence about a damaged checkpoint: which other one of the run can be given to ``key``."""
+    """The end of a message about a damaged checkpoint: which checkpoint of the run to pass as ``key`` instead."""
     for path in (folder / LAST, folder / PREVIOUS):
         if path != damaged and not corruption(path):
             return f"; the newest whole one: {key}={path}"
@@ -65,17 +65,18 @@ def suggest_intact(folder: Path, damaged: Path, key: str) -> str:
 
 
 def checkpoint_of(folder: Path) -> Path | None:
-    """The best checkpoint of a run by validation, or else its last, if it has one."""
+    """A run's best checkpoint by validation accuracy, else its last; None if it has neither."""
     return next((path for name in (BEST, LAST) if (path := folder / name).is_file()), None)
 
 
 def display_path(folder: Path) -> str:
-    """``folder`` as short as it can be typed here."""
-    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    """``folder``, relative to the working directory if it is inside."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def resume_hint(folder: Path) -> str:
-    """The end of a sentence about a training run that has stopped; nothing where none has begun."""
+    """The end of a message about a stopped run: how to resume it; empty if it has not begun."""
     if not (folder / "config.yaml").exists():
         return ""
     if not (folder / LAST).exists():
@@ -85,13 +86,13 @@ def resume_hint(folder: Path) -> str:
 
 
 def create(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:
-    """Mark ``folder`` as a run's own by writing its resolved configuration, ``config.yaml``.
+    """Start a run in ``folder`` by writing its resolved configuration, ``config.yaml``.
 
     Raises:
-        UserError: The folder holds a run already, or cannot be written.
+        UserError: The folder holds a run already, or is not writable.
     """
     try:
-        with (folder / "config.yaml").open("x", encoding="utf-8") as file:  # x: of two runs that begin, one does
+        with (folder / "config.yaml").open("x", encoding="utf-8") as file:  # x: fails if it exists
             file.write(_config_text(config, data_facts))
     except FileExistsError as error:
         raise UserError(f"{folder} holds a run already: choose another hydra.run.dir") from error
@@ -100,15 +101,15 @@ def create(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> 
 
 
 def reopen(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:
-    """Prepare the run in ``folder`` for being continued: its configuration may have been changed, its data not.
+    """Prepare to resume the run in ``folder``: write its new configuration and remove unfinished files.
 
     Raises:
-        UserError: The data are others, or the folder cannot be written.
+        UserError: The data differ from the run's, or the folder is not writable.
     """
     head = (folder / "config.yaml").read_text(encoding="utf-8").splitlines()[0]
     if head != _head(data_facts):
         raise UserError(
-            f"{folder} was trained on other data ({head.removeprefix('# data: ')}) than those that are here "
+            f"{folder} was trained on other data ({head.removeprefix('# data: ')}) than this "
             f"({_head(data_facts).removeprefix('# data: ')})"
         )
     for place in (folder, folder / "checkpoints"):
@@ -118,10 +119,10 @@ def reopen(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """In this block no other process can train a run in ``folder``; the system lifts the lock when this one ends.
+    """Hold an exclusive lock on the run in ``folder``; the system releases it when the process ends, however it ends.
 
     Raises:
-        UserError: Another process does, or the folder cannot be made.
+        UserError: Another process holds it, or the folder cannot be created.
     """
     make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
@@ -129,7 +130,7 @@ def locked(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise UserError(f"{folder}: another process is at work in it") from error
+        raise UserError(f"{folder}: another process is using this folder") from error
     finally:
         os.close(handle)
 
@@ -143,7 +144,7 @@ def _head(data_facts: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Values of ``content`` that are no number (NaN) or infinite become null, which JSON has."""
+    """Write ``content`` as JSON, with null for NaN and infinity, which JSON lacks."""
     content = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in content.items()
     }

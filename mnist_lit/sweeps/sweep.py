@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Interrupted, UserError
+from mnist_lit import Interrupted, UserError, compat
 from mnist_lit.cli import job, launch, resume
 from mnist_lit.cli.config import CONF, ConfigFiles, flatten, key_of, plain_values, quoted
 from mnist_lit.storage import runs
@@ -72,7 +72,6 @@ def sweep_jobs(files: ConfigFiles, overrides: Iterable[str]) -> list[list[str]]:
         UserError: Another sweeper was chosen.
     """
     import hydra
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -87,8 +86,7 @@ def sweep_jobs(files: ConfigFiles, overrides: Iterable[str]) -> list[list[str]]:
             raise UserError("hydra/sweeper: a sweep is a grid here; python -m mnist_lit.tune searches")
         params = parser.parse_overrides([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
         own = [each for each in parsed if not each.key_or_group.startswith(("hydra.", "hydra/"))]
-        (jobs,) = BasicSweeper.split_arguments([*params, *own], max_batch_size=None)
-    return jobs
+        return compat.expand_sweep([*params, *own])
 
 
 def _name(overrides: dict[str, str], swept: Sequence[str]) -> str:

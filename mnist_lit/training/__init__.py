@@ -1,4 +1,4 @@
-"""What training needs besides the model: the Trainer, its callbacks, checkpoints and exact resume."""
+"""Training support: the Trainer, its callbacks, checkpoints and exact resume."""
 
 from mnist_lit.training.checkpoints import Checkpoints, StopOnNaN
 from mnist_lit.training.randomness import SeedEachBatch

@@ -1,4 +1,4 @@
-"""When a run writes checkpoints, how no kill can leave a damaged one, and how a signal ends a run after one."""
+"""Checkpointing: atomic writes, exact resume points, and a clean stop on SIGINT and SIGTERM."""
 
 import io
 import logging
@@ -16,7 +16,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mnist_lit import Interrupted, UserError
+from mnist_lit import Interrupted, UserError, compat
 from mnist_lit.storage.atomic import atomic_path, sync_folder
 from mnist_lit.storage.checkpoint_file import corruption, read_checkpoint
 from mnist_lit.storage.runs import BEST, LAST, NEW, PREVIOUS, resume_hint, versions
@@ -24,53 +24,50 @@ from mnist_lit.training.progress import epoch_name
 
 log = logging.getLogger(__name__)
 
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under another name, reads it back, and only then gives it its own; refuses damaged ones."""
+    """Writes a checkpoint to a temporary file, verifies it and renames it; refuses to load a damaged one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """
         Raises:
-            WriteError: What was there before is untouched.
+            WriteError: The file could not be written; any previous file is unchanged.
         """
         content = io.BytesIO()
-        torch.save(move_data_to_device(checkpoint, "cpu"), content)  # so that it loads wherever it is taken
+        torch.save(move_data_to_device(checkpoint, "cpu"), content)  # loads on machines without this device
         path = Path(path)
         path.parent.mkdir(exist_ok=True)
         with atomic_path(path, content.getbuffer().nbytes) as temporary:
             temporary.write_bytes(content.getbuffer())
             if reason := corruption(temporary):
-                raise OSError(f"what was written does not read back: {reason}")
+                raise OSError(f"the written file does not read back: {reason}")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """
-        Raises:
-            UserError: As ``read_checkpoint``.
-        """
+        """Load with ``read_checkpoint``, which raises ``UserError``."""
         return read_checkpoint(Path(path))
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt`` and keeps the one before it; writes ``best.ckpt``; ends a run that is asked to stop.
+    """Saves ``last.ckpt``, its predecessor and ``best.ckpt``, and stops the run on SIGINT or SIGTERM.
 
-    A checkpoint is only written where a run can go on with the same bits: after a step of the optimizer, after the
-    validation that follows it, or after an epoch. A first SIGTERM or Ctrl-C ends the run at the next such place, a
-    second one at once.
+    ``last.ckpt`` is only written where a run can resume with bit-for-bit identical results: after an optimizer step,
+    after the validation that follows it, or at the end of an epoch. The first signal stops the run at the next such
+    point, the second one immediately.
 
     Args:
-        folder: The run's; its checkpoints are in ``checkpoints/``.
-        every_n_steps: Between two checkpoints in an epoch; None for none.
-        every_n_epochs: Between two epochs with a checkpoint at their end. The last epoch always has one.
-        enabled: False writes none, and a stopped run cannot go on.
+        folder: The run folder; checkpoints go into its ``checkpoints/``.
+        every_n_steps: Optimizer steps between checkpoints within an epoch; None for no such checkpoints.
+        every_n_epochs: Epochs between checkpoints at the end of an epoch. The last epoch always gets one.
+        enabled: False writes no checkpoints; a stopped run then cannot be resumed.
 
     Attributes:
-        best: ``epoch`` and ``val/acc`` of the best validation, the first of several; empty before the first one.
+        best: ``epoch`` and ``val/acc`` of the best validation so far, the earliest on a tie; empty before the first.
 
     Raises:
-        Interrupted: By Lightning's hooks, when a signal came.
-        UserError: By Lightning's hooks, where weights are not finite or the file cannot be written.
+        Interrupted: From Lightning's hooks, after a signal.
+        UserError: From Lightning's hooks, if weights are not finite or a file cannot be written.
     """
 
     def __init__(
@@ -80,19 +77,22 @@ class Checkpoints(Checkpoint):
         self.folder, self.enabled = folder, enabled
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.best: dict[str, Any] = {}
-        self._stopped_early = False  # by something else than the number of epochs or steps
-        self._signal: int | None = None  # the first one that came
-        self._testing = False
+        self._stopped_early = False  # by a callback, before max_epochs or max_steps
+        self._signal: int | None = None  # the first signal received
+        self._step_before = -1  # trainer.global_step at the start of the batch
 
     @property
     def best_path(self) -> Path | None:
         path = self.folder / BEST
         return path if self.best and self.enabled and path.exists() else None
 
-    # When
+    # When to save
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if not _validation_follows(trainer):
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if not compat.validation_follows(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,30 +105,30 @@ class Checkpoints(Checkpoint):
         self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
-        loop = trainer.fit_loop
-        if loop._should_accumulate() or loop.epoch_loop.done or trainer.is_last_batch:  # the epoch's end follows
+        accumulating = trainer.global_step == self._step_before
+        if accumulating or _is_end_of_epoch(trainer):  # the latter is left to on_train_epoch_end
             return
-        asked = self._asked(trainer)
+        asked = self._stop_requested(trainer)
         if asked or (self.every_n_steps and trainer.global_step % self.every_n_steps == 0):
             self._save_last(trainer)
         if asked:
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        asked, epochs = self._asked(trainer), trainer.current_epoch + 1
-        self._stopped_early = trainer.should_stop and trainer.fit_loop._can_stop_early
+        asked, epochs = self._stop_requested(trainer), trainer.current_epoch + 1
+        self._stopped_early = trainer.should_stop and _can_stop_early(trainer, epochs)
         finished = self._stopped_early or epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        # With max_steps Lightning cannot go on from the end of an epoch; it can from every step.
-        possible = finished or trainer.max_steps == -1
-        if finished or (possible and (asked or epochs % self.every_n_epochs == 0)):
+        # With max_steps, Lightning cannot resume from the end of an epoch, only from within one.
+        resumable = finished or trainer.max_steps == -1
+        if finished or (resumable and (asked or epochs % self.every_n_epochs == 0)):
             self._save_last(trainer)
-        if asked and possible:
+        if asked and resumable:
             self._stop(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = self._stopped_early  # a run that was over when it was killed is over
+        trainer.should_stop = self._stopped_early  # do not train on a run that had stopped early
 
-    # How
+    # How to save
 
     def _save_last(self, trainer: L.Trainer) -> None:
         self._save(trainer, NEW)
@@ -144,8 +144,8 @@ class Checkpoints(Checkpoint):
             return
         if not all(bool(parameter.isfinite().all()) for parameter in trainer.lightning_module.parameters()):
             raise UserError(
-                f"weights are not finite after step {trainer.global_step} ({epoch_name(trainer)}): training has "
-                "stopped; the checkpoints from before are untouched"
+                f"weights are not finite after step {trainer.global_step} ({epoch_name(trainer)}): training stopped; "
+                "earlier checkpoints are unchanged"
             )
         trainer.save_checkpoint(self.folder / name, weights_only=False)
 
@@ -156,58 +156,53 @@ class Checkpoints(Checkpoint):
         self.best, self._stopped_early = state["best"], state["stopped_early"]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["machine"] = machine(trainer)
+        checkpoint["machine"] = _environment(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            compare_machines(checkpoint["machine"], machine(trainer))
+            _compare_environments(checkpoint["machine"], _environment(trainer))
 
     # Signals
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen(trainer)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._testing = True
-        self._listen(trainer)
-
-    def _listen(self, trainer: L.Trainer) -> None:
-        """Instead of Lightning's handlers, which end a run with other exit codes; it restores those from before."""
-        self._says = trainer.is_global_zero
+        """Replace Lightning's handlers, which use other exit codes; Lightning restores the original ones itself."""
+        self._trainer = trainer
         if threading.current_thread() is threading.main_thread():
-            for number in NAMES:
-                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a job that a shell runs in the background
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup and in a shell's background jobs
                     signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._testing or self._signal is not None:
-            raise Interrupted(number, f"stopped at once by {NAMES[signal.Signals(number)]}{resume_hint(self.folder)}")
-        self._signal = number
-        if self._says:
-            # Not the log, which may be at work in what was interrupted.
-            os.write(2, b"\nstopping at the end of this step; once more stops at once\n")
+    on_test_start = on_train_start
 
-    def _asked(self, trainer: L.Trainer) -> bool:
-        """Whether a signal came, with several processes to any of them, so that all stop at the same step."""
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._trainer.testing or self._signal is not None:  # a test can be repeated as a whole
+            raise Interrupted(number, f"stopped immediately by {SIGNALS[number]}{resume_hint(self.folder)}")
+        self._signal = number
+        if self._trainer.is_global_zero:
+            # Not by logging, which is not reentrant: the signal may have interrupted it.
+            os.write(2, b"\nstopping after this step; a second signal stops immediately\n")
+
+    def _stop_requested(self, trainer: L.Trainer) -> bool:
+        """Whether any rank has received a signal, so that all ranks stop at the same step."""
         asked = self._signal is not None
         return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
 
     def _stop(self, trainer: L.Trainer) -> None:
         number = self._signal or signal.SIGTERM
         where = f"after step {trainer.global_step} ({epoch_name(trainer)})"
-        raise Interrupted(number, f"stopped by {NAMES[signal.Signals(number)]} {where}{resume_hint(self.folder)}")
+        raise Interrupted(number, f"stopped by {SIGNALS[number]} {where}{resume_hint(self.folder)}")
 
 
 class StopOnNaN(L.Callback):
-    """Ends a run at the first loss that is NaN or infinite, before anything is saved over.
+    """Stops a run at the first NaN or infinite loss, before any checkpoint is overwritten.
 
-    On a GPU it is noticed some steps later, so that no step has to wait for the value, but the step is the right one.
+    On a GPU the loss is checked every few steps, to avoid a synchronization at each; the step reported is exact.
     """
 
     CHECK_EVERY = 50
 
     def __init__(self) -> None:
-        self._first: torch.Tensor | None = None
+        self._first: torch.Tensor | None = None  # the first step with such a loss; 0 for none
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -220,20 +215,32 @@ class StopOnNaN(L.Callback):
         step = torch.full_like(finite, trainer.global_step, dtype=torch.int64)
         now = torch.where(finite, 0, step)
         self._first = now if self._first is None else torch.where(self._first == 0, now, self._first)
-        look = trainer.global_step % self.CHECK_EVERY == 0 or trainer.is_last_batch
-        if look and (first := int(self._first)):
+        due = trainer.global_step % self.CHECK_EVERY == 0 or trainer.is_last_batch
+        if due and (first := int(self._first)):
             self._stop(trainer, first)
 
     def _stop(self, trainer: L.Trainer, step: int) -> None:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         raise UserError(
-            f"the loss is not finite at step {step} ({epoch_name(trainer)}), with optimizer.lr={rate:g}: training has "
-            "stopped; the checkpoints from before are untouched"
+            f"the loss is not finite at step {step} ({epoch_name(trainer)}), with optimizer.lr={rate:g}: training "
+            "stopped; earlier checkpoints are unchanged"
         )
 
 
-def machine(trainer: L.Trainer) -> dict[str, Any]:
-    """What a run's bits depend on besides its configuration and data."""
+def _is_end_of_epoch(trainer: L.Trainer) -> bool:
+    """Whether Lightning ends the epoch after the current batch and the validation that may follow it."""
+    reached_max_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    stopped = trainer.should_stop and _can_stop_early(trainer, trainer.current_epoch)
+    return trainer.is_last_batch or reached_max_steps or stopped
+
+
+def _can_stop_early(trainer: L.Trainer, epochs: int) -> bool:
+    """Whether ``min_epochs`` and ``min_steps`` are met after that many complete epochs."""
+    return epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+
+
+def _environment(trainer: L.Trainer) -> dict[str, Any]:
+    """What a run's exact results depend on, besides its configuration and data."""
     return {
         "versions": versions(),
         "device": trainer.strategy.root_device.type,
@@ -242,21 +249,15 @@ def machine(trainer: L.Trainer) -> dict[str, Any]:
     }
 
 
-def _validation_follows(trainer: L.Trainer) -> bool:
-    """Whether Lightning validates after this batch; a checkpoint before that would leave the validation out."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
-
-
-def compare_machines(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Warn of what makes the bits of a run differ from those that it would have had without a stop.
+def _compare_environments(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn of differences that can keep a resumed run from being bit-for-bit identical to an uninterrupted one.
 
     Raises:
-        UserError: Another number of processes: each has its own share of a batch and of dropout's draws.
+        UserError: The number of processes differs; batches and dropout masks are sharded by rank.
     """
     if before["processes"] != now["processes"]:
-        raise UserError(f"the run had {before['processes']} processes and not {now['processes']}")
+        raise UserError(f"this run used {before['processes']} processes, not {now['processes']}")
     old, new = (each["versions"] | {key: each.get(key) for key in ("device", "threads")} for each in (before, now))
-    changed = [f"{key} {old.get(key)} before, {new.get(key)} now" for key in new if old.get(key) != new.get(key)]
+    changed = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in new if old.get(key) != new.get(key)]
     if changed:
-        log.warning("another machine: %s; the run goes on, but its last bits may differ", ", ".join(changed))
+        log.warning("the environment has changed: %s; results may differ in the last bits", ", ".join(changed))

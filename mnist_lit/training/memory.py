@@ -1,4 +1,4 @@
-"""The process's memory: how much it took, and how a training run keeps what it has."""
+"""Process memory: keeping freed blocks for reuse, and the peak usage."""
 
 import ctypes
 import resource
@@ -6,19 +6,19 @@ import sys
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep large blocks that are freed, instead of handing them back to the system.
+    """Make glibc's allocator keep large freed blocks instead of returning them to the system.
 
-    A step frees and asks for the same large blocks again, in plain PyTorch 200 MB of them; mapping and clearing those
-    pages anew each time takes longer than the arithmetic. No effect where there is no glibc.
+    Every step frees and reallocates the same large blocks, 200 MB of them in plain PyTorch; mapping and zeroing those
+    pages each time takes longer than the arithmetic. Does nothing without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held at a time."""
+    """The peak resident set size of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

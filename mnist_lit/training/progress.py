@@ -1,4 +1,4 @@
-"""How a run shows itself on a terminal while it works."""
+"""The progress bar."""
 
 import time
 from typing import Any
@@ -8,21 +8,21 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from mnist_lit.model import MNISTClassifier
 
-SECONDS_BETWEEN_DRAWINGS = 0.2
+REFRESH_SECONDS = 0.2
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with the epoch's mean loss and accuracy so far, as Keras shows them.
+    """Lightning's progress bar with the epoch's running mean loss and accuracy, as in Keras.
 
-    It is drawn, and their values are fetched from the device, a few times a second and not at every step.
+    Refreshes a few times a second rather than at every step, and only then fetches the metrics from the device.
     """
 
-    _drawn = 0.0
+    _refreshed = 0.0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if time.monotonic() - self._drawn > SECONDS_BETWEEN_DRAWINGS or trainer.is_last_batch:
+        if time.monotonic() - self._refreshed > REFRESH_SECONDS or trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, *args)
-            self._drawn = time.monotonic()
+            self._refreshed = time.monotonic()
 
     def get_metrics(self, trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
         if not isinstance(model, MNISTClassifier):
@@ -34,10 +34,10 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description(epoch_name(trainer))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: the epoch's line in the log says it."""
+        """Do nothing: the epoch's line in the log has its metrics."""
 
 
 def epoch_name(trainer: L.Trainer) -> str:
-    """ "epoch 3/12", or "epoch 3" where there is no last one."""
-    known = trainer.max_epochs is not None and trainer.max_epochs > 0
-    return f"epoch {trainer.current_epoch + 1}" + (f"/{trainer.max_epochs}" if known else "")
+    """ "epoch 3/12", or "epoch 3" if the number of epochs is not limited."""
+    limited = trainer.max_epochs is not None and trainer.max_epochs > 0
+    return f"epoch {trainer.current_epoch + 1}" + (f"/{trainer.max_epochs}" if limited else "")

@@ -1,4 +1,4 @@
-"""A callback that writes down what each epoch gave and how long it took."""
+"""Callback that records the metrics and the duration of every epoch."""
 
 import csv
 import io
@@ -19,27 +19,26 @@ log = logging.getLogger(__name__)
 
 
 class RunRecorder(L.Callback):
-    """Times the epochs, writes a row of ``metrics.csv`` and a line of the log after each.
+    """Times each epoch, then appends it to ``metrics.csv`` and logs a line.
 
     Attributes:
-        history: The rows so far: ``epoch`` (from 1), ``train/loss``, ``train/acc``, with a validation split
-            ``val/loss`` and ``val/acc``, and ``epoch_seconds`` from the first to the last training batch, without
-            validation.
-        validations: ``epoch``, ``val/loss`` and ``val/acc`` of each time that the model was validated.
+        history: One row per epoch: ``epoch`` (from 1), ``train/loss``, ``train/acc``, with a validation split
+            ``val/loss`` and ``val/acc``, and ``epoch_seconds``, the training time without validation.
+        validations: ``epoch``, ``val/loss`` and ``val/acc`` of each validation.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.csv"
         self.history: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
-        self._seconds = 0.0  # of this epoch
+        self._seconds = 0.0  # of the current epoch
         self._started: float | None = None
-        self._fit_seconds = 0.0  # before this process
+        self._fit_seconds = 0.0  # in earlier processes of this run
         self._fit_started: float | None = None
 
     @property
     def fit_seconds(self) -> float:
-        """How long the run has trained, with validation and checkpoints, in all processes that went on with it."""
+        """Total training time with validation and checkpoints, including time before the run was resumed."""
         return self._fit_seconds + (time.perf_counter() - self._fit_started if self._fit_started else 0.0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,12 +63,14 @@ class RunRecorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.validations.append({"epoch": trainer.current_epoch + 1, **_logged(trainer, "val")})
+            metrics = {key: float(trainer.callback_metrics[key]) for key in ("val/loss", "val/acc")}
+            self.validations.append({"epoch": trainer.current_epoch + 1, **metrics})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._pause(trainer)
         epoch = trainer.current_epoch + 1
-        row = {"epoch": epoch, **pl_module.epoch("train")}  # this hook is called before the model's, which logs them
+        # Not from callback_metrics: the model's own hook, which logs these, runs after the callbacks'.
+        row = {"epoch": epoch, **pl_module.epoch("train")}
         if self.validations and self.validations[-1]["epoch"] == epoch:
             row |= self.validations[-1]
         row["epoch_seconds"] = self._seconds
@@ -81,7 +82,7 @@ class RunRecorder(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero and trainer.training and not isinstance(exception, Interrupted):
-            log.warning("stopped in %s; what there is so far is in %s", epoch_name(trainer), self.path.parent)
+            log.warning("stopped in %s; partial results are in %s", epoch_name(trainer), self.path.parent)
 
     def _pause(self, trainer: L.Trainer) -> None:
         if self._started is not None:
@@ -89,7 +90,7 @@ class RunRecorder(L.Callback):
             self._started = None
 
     def _write(self, trainer: L.Trainer) -> None:
-        """All rows each time: a run that goes on from a checkpoint repeats the epochs that came after it."""
+        """Rewrite the whole file: a resumed run repeats the epochs after its checkpoint."""
         facts = trainer.datamodule.facts  # type: ignore[attr-defined]
         data = {"data": facts["name"], "data_sha256": facts["sha256"]}
         columns = ["epoch", "train/loss", "train/acc", "val/loss", "val/acc", "epoch_seconds", *data]
@@ -100,34 +101,30 @@ class RunRecorder(L.Callback):
         atomic_write(self.path, text.getvalue().encode())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        begun = not self.history or self.history[-1]["epoch"] <= trainer.current_epoch  # an epoch that has not ended
+        mid_epoch = not self.history or self.history[-1]["epoch"] <= trainer.current_epoch
         checkpoint["recorded"] = {
             "history": self.history,
             "validations": self.validations,
             "fit_seconds": self.fit_seconds,
-            "seconds": self._seconds + (_now(trainer) - self._started if self._started else 0.0) if begun else 0.0,
-            "metrics": pl_module.metric_states("train") if begun else None,
+            "seconds": self._seconds + (_now(trainer) - self._started if self._started else 0.0) if mid_epoch else 0.0,
+            "metrics": pl_module.metric_states("train") if mid_epoch else None,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:  # best.ckpt, to be tested
+        if trainer.state.fn != TrainerFn.FITTING:  # best.ckpt is loaded for testing
             return
         recorded = checkpoint["recorded"]
         self.history, self.validations = recorded["history"], recorded["validations"]
         self._seconds, self._fit_seconds = recorded["seconds"], recorded["fit_seconds"]
         metrics = recorded["metrics"]
-        if isinstance(metrics, dict):  # older checkpoints have the sum over all processes
+        if isinstance(metrics, dict):  # older checkpoints hold the sum over all ranks: restore it on rank 0 only
             metrics = [metrics, *[None] * (trainer.world_size - 1)]
         if metrics and len(metrics) == trainer.world_size and (own := metrics[trainer.global_rank]):
             pl_module.load_metric_states("train", own)
 
 
-def _logged(trainer: L.Trainer, stage: str) -> dict[str, float]:
-    return {k: float(v) for k, v in trainer.callback_metrics.items() if k in (f"{stage}/loss", f"{stage}/acc")}
-
-
 def _now(trainer: L.Trainer) -> float:
     device, here = trainer.strategy.root_device, torch.accelerator.current_accelerator()
-    if here and here.type == device.type:  # it may still be at work on what it was given
+    if here and here.type == device.type:  # kernels run asynchronously
         torch.accelerator.synchronize(device)
     return time.perf_counter()

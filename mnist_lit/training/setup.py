@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import loggers
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from mnist_lit import UserError
+from mnist_lit import UserError, compat
 from mnist_lit.build import find_class, instantiate
 from mnist_lit.storage import runs
 from mnist_lit.training.checkpoints import AtomicCheckpointIO
@@ -84,7 +84,7 @@ class TerminateOtherRanks(L.Callback):
     """When this process fails, kills those that Lightning has started from it."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        started = getattr(trainer.strategy.launcher, "procs", [])
+        started = compat.launched_processes(trainer)
         others = started[:]
         started.clear()  # Lightning's observer looks at this list, and would kill this process for one of them
         for process in others:
