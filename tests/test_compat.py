@@ -250,7 +250,7 @@ def test_a_composed_configuration_runs_as_hydra_main_would_run_it(tmp_path: Path
 
     from mnist_lit.cli.config import ConfigFiles
 
-    config = ConfigFiles("train").compose([f"hydra.run.dir='{tmp_path}/run'", "seed=3", "hydra.job_logging=null"])
+    config = ConfigFiles("train").compose([f"hydra.run.dir='{tmp_path}/run'", "seed=3", "hydra/job_logging=disabled"])
     seen: list[Any] = []
     compat.run_composed(lambda each: seen.append((each.seed, HydraConfig.get().runtime.output_dir)), config)
     assert seen == [(3, f"{tmp_path}/run")]
