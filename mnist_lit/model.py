@@ -6,11 +6,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit import UserError, compat
+from mnist_lit import UserError
 from mnist_lit.build import build
+from mnist_lit.metrics import StageMetrics
 from mnist_lit.storage.checkpoint_file import require_same_shapes, with_current_names
 from mnist_lit.storage.provenance import UNKNOWN_DATA, trained_on, why_not_to_test
 
@@ -39,7 +38,7 @@ class MNISTClassifier(L.LightningModule):
         optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
         self.save_hyperparameters()
         self.network = build("model", model, nn.Module)
-        self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics() for stage in ("train", "val", "test")})
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
         self.configure_optimizers()  # fail early on invalid arguments
 
@@ -77,37 +76,6 @@ class MNISTClassifier(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log("test")
 
-    def epoch(self, stage: str) -> dict[str, float]:
-        """Mean loss and accuracy of the epoch, over all processes."""
-        return {f"{stage}/{name}": float(metric.compute()) for name, metric in self._metrics(stage).items()}
-
-    def metric_states(self, stage: str) -> list[dict[str, dict[str, Tensor]]]:
-        """The metrics' states on each rank, to resume from in the middle of an epoch.
-
-        Not summed over ranks: floating-point sums depend on the grouping, so the result would differ in the last bit.
-        """
-        own = {
-            name: {key: value.clone() for key, value in metric.metric_state.items()}
-            for name, metric in self._metrics(stage).items()
-        }
-        if self.trainer.world_size == 1:
-            return [own]
-        gathered: Any = self.all_gather(own)  # adds a first dimension, the rank
-        return [
-            {name: {key: value[rank].clone() for key, value in states.items()} for name, states in gathered.items()}
-            for rank in range(self.trainer.world_size)
-        ]
-
-    def load_metric_states(self, stage: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore this rank's element of ``metric_states``."""
-        for name, metric in self._metrics(stage).items():
-            metric.load_state_dict({key: value.to(metric.device) for key, value in states[name].items()})
-
-    def running(self, stage: str) -> dict[str, float]:
-        """Mean loss and accuracy so far in the epoch on this rank, for the progress bar."""
-        # Not compute(): it waits for the other ranks, and only rank 0 draws a progress bar.
-        return {name: float(compat.compute_locally(metric)) for name, metric in self._metrics(stage).items()}
-
     def on_train_start(self) -> None:
         facts = _facts(self.trainer.train_dataloader)
         self.trained_on += [] if facts in self.trained_on else [facts]
@@ -133,17 +101,15 @@ class MNISTClassifier(L.LightningModule):
         logits = self.network(images)
         loss = nn.functional.cross_entropy(logits, labels)
         if len(labels):  # the last batch can have fewer images than there are processes
-            metrics = self._metrics(stage)
-            metrics["loss"].update(loss.detach().expand(len(labels)))  # once per image: a mean over images
-            metrics["acc"].update(logits.detach(), labels)
+            self.stage_metrics(stage).add(loss, logits, labels)
         return loss, logits
 
     def _log(self, stage: str) -> None:
         """Log once per epoch: at every step, Lightning's bookkeeping would cost more than a millisecond."""
-        self.log_dict({f"{stage}/{name}": metric for name, metric in self._metrics(stage).items()})
+        self.log_dict({f"{stage}/{name}": metric for name, metric in self.stage_metrics(stage).items()})
 
-    def _metrics(self, stage: str) -> Any:
-        """The stage's metrics by name: ``loss`` and ``acc``."""
+    def stage_metrics(self, stage: str) -> Any:
+        """The ``StageMetrics`` of train, val or test."""
         return self.metrics[f"{stage}_metrics"]
 
 
@@ -151,14 +117,3 @@ def _facts(loaders: Any) -> dict[str, Any]:
     """The ``facts`` of the data set behind a loader, or behind the first of several."""
     first = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
     return getattr(getattr(first, "dataset", None), "facts", UNKNOWN_DATA)
-
-
-def _stage_metrics() -> nn.ModuleDict:
-    # "disable": a NaN loss makes the mean NaN instead of being skipped. torchmetrics 1.9 then ignores the weights
-    # passed to update(), too, hence one value per image.
-    return nn.ModuleDict(
-        {
-            "loss": MeanMetric(nan_strategy="disable"),
-            "acc": MulticlassAccuracy(num_classes=10, average="micro", validate_args=False),
-        }
-    )

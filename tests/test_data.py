@@ -11,7 +11,8 @@ from torchvision.transforms import ToTensor
 from torchvision.transforms.functional import to_pil_image
 
 from mnist_lit import UserError
-from mnist_lit.data import EpochBatches, MNISTDataModule, epoch_order, scale, stratified_choice
+from mnist_lit.batches import EpochBatches, epoch_order
+from mnist_lit.data import MNISTDataModule, scale, stratified_choice
 
 
 def test_scaling_is_bit_equal_to_totensor() -> None:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mnist_lit"
 FLOORS = [
     ["__init__", "compat"],
     ["storage", "kernels"],
-    ["network", "build"],
+    ["network", "build", "batches", "metrics"],
     ["data", "model"],
     ["training", "inference", "reports"],
     ["cli"],

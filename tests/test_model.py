@@ -64,7 +64,7 @@ def test_running_metrics_are_those_that_the_epoch_will_end_with(sample) -> None:
 
     class Look(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-            seen.update(pl_module.running("train"))
+            seen.update(pl_module.stage_metrics("train").compute_locally())
             if batch_idx == 0:  # in the second epoch, too: the first one's values are gone
                 assert seen["loss"] == pytest.approx(outputs["loss"].item(), rel=1e-6)
 

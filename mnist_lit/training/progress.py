@@ -27,7 +27,7 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
         if not isinstance(model, MNISTClassifier):
             return {}
-        return {name: f"{value:.4f}" for name, value in model.running("train").items()}
+        return {name: f"{value:.4f}" for name, value in model.stage_metrics("train").compute_locally().items()}
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)

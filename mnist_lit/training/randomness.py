@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 
-from mnist_lit.data import number_from
+from mnist_lit.batches import number_from
 
 
 class SeedEachBatch(L.Callback):

@@ -70,7 +70,7 @@ class RunRecorder(L.Callback):
         self._pause(trainer)
         epoch = trainer.current_epoch + 1
         # Not from callback_metrics: the model's own hook, which logs these, runs after the callbacks'.
-        row = {"epoch": epoch, **pl_module.epoch("train")}
+        row = {"epoch": epoch, **_named("train", pl_module.stage_metrics("train").compute())}
         if self.validations and self.validations[-1]["epoch"] == epoch:
             row |= self.validations[-1]
         row["epoch_seconds"] = self._seconds
@@ -107,7 +107,7 @@ class RunRecorder(L.Callback):
             "validations": self.validations,
             "fit_seconds": self.fit_seconds,
             "seconds": self._seconds + (_now(trainer) - self._started if self._started else 0.0) if mid_epoch else 0.0,
-            "metrics": pl_module.metric_states("train") if mid_epoch else None,
+            "metrics": _states_of_all_ranks(trainer, pl_module) if mid_epoch else None,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ class RunRecorder(L.Callback):
         if isinstance(metrics, dict):  # older checkpoints hold the sum over all ranks: restore it on rank 0 only
             metrics = [metrics, *[None] * (trainer.world_size - 1)]
         if metrics and len(metrics) == trainer.world_size and (own := metrics[trainer.global_rank]):
-            pl_module.load_metric_states("train", own)
+            pl_module.stage_metrics("train").load_states(own)
 
 
 def _now(trainer: L.Trainer) -> float:
@@ -128,3 +128,22 @@ def _now(trainer: L.Trainer) -> float:
     if here and here.type == device.type:  # kernels run asynchronously
         torch.accelerator.synchronize(device)
     return time.perf_counter()
+
+
+def _named(stage: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{stage}/{name}": value for name, value in values.items()}
+
+
+def _states_of_all_ranks(trainer: L.Trainer, pl_module: Any) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """The training metrics' states on each rank.
+
+    Not summed over ranks: floating-point sums depend on the grouping, so the result would differ in the last bit.
+    """
+    own = pl_module.stage_metrics("train").states()
+    if trainer.world_size == 1:
+        return [own]
+    gathered: Any = pl_module.all_gather(own)  # adds a first dimension, the rank
+    return [
+        {name: {key: value[rank].clone() for key, value in states.items()} for name, states in gathered.items()}
+        for rank in range(trainer.world_size)
+    ]
