@@ -34,7 +34,7 @@ PAGE = """\
 # Several processes
 
 `python benchmarks/scaling.py DATA` made this page on {cores} cores ({cpu}), with {repeats} repeats in turn. The
-machine's load was {load} before and {load_after} after: what is not this page's own is other work on the same cores.
+machine's load was {load} before and {load_after} after: the difference to this page's own load is other work on the same cores.
 An epoch is 120 steps of 500 images, of which {steps} were timed.{disturbed}
 
 | | seconds an epoch, repeat by repeat | median | times as fast as one thread | efficiency |
@@ -43,7 +43,7 @@ An epoch is 120 steps of 500 images, of which {steps} were timed.{disturbed}
 
 How many times as fast: the median of the ratios within a repeat. The efficiency is that divided by the number of threads.
 Two processes do the same work as two threads, but
-pass the gradients: {parameters:,} float32 numbers, {megabytes:.2f} MB a step. To add that many up over two processes,
+pass the gradients: {parameters:,} float32 numbers, {megabytes:.2f} MB a step. To sum them over two processes,
 gloo takes {reduce:.1f} ms (median of 100, on this machine's loopback), {share:.1f} % of their fastest step. So
 several processes are for several GPUs or machines; on one CPU one process takes all threads by itself.
 

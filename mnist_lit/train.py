@@ -70,15 +70,12 @@ def train(
         if is_first:
             (runs.reopen if resume else runs.create)(folder, config, datamodule.facts)
         setup.log_header(lightning_trainer, classifier, datamodule, config, resume)
-        start = resume if resume and Path(resume).is_file() else None
         with setup.log_above_progress_bar(lightning_trainer):
+            start = resume if resume and Path(resume).is_file() else None
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
         (test,) = lightning_trainer.test(classifier, datamodule, ckpt_path=checkpoints.best_path, verbose=False)
-
-        results: dict[str, Any] = {"test/loss": test["test/loss"], "test/acc": test["test/acc"]}
-        results |= training_results(recorder, checkpoints.best_path)
-        results |= {"max_epochs": trainer.get("max_epochs"), "seed": seed}
-        results |= setup.conditions(lightning_trainer, datamodule)
+        results = {**test, **training_results(recorder, checkpoints.best_path), "seed": seed}
+        results |= {"max_epochs": trainer.get("max_epochs"), **setup.conditions(lightning_trainer, datamodule)}
         results |= scores(predictions.probabilities, predictions.labels)
         if is_first:
             runs.write_json(folder / "metrics.json", results)  # before what only shows them

@@ -57,7 +57,7 @@ def sample() -> Any:
     return data
 
 
-class Started(job.Command):
+class Started(job.ChildProcess):
     """A command under way, whose output goes to files."""
 
     def __init__(self, module: str, arguments: Sequence[str], cwd: Path, environment: dict[str, str]) -> None:

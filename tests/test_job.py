@@ -42,7 +42,7 @@ elif sys.argv[1] == "waits":
 PARENT = """
 from mnist_lit.cli import job
 if __name__ == "__main__":
-    job.Command("probe", ["waits"]).wait()
+    job.ChildProcess("probe", ["waits"]).wait()
 """
 
 
@@ -199,7 +199,7 @@ def test_the_server_lives_through_signals_to_the_whole_group(probe: Path) -> Non
             time.sleep(pause)
             os.killpg(0, signal.SIGINT)
             os.killpg(0, signal.SIGTERM)
-        print(job.Command("probe", ["says"]).wait())
+        print(job.ChildProcess("probe", ["says"]).wait())
         """,
     )
     assert done.returncode == 0 and done.stdout.count("signal\n") == 4, done
@@ -212,7 +212,7 @@ def test_a_job_whose_server_was_killed_ends(probe: Path) -> None:
         probe,
         """
         with open("number", "w") as file:
-            waiting = job.Command("probe", ["waits"], stdout=file.fileno())
+            waiting = job.ChildProcess("probe", ["waits"], stdout=file.fileno())
         while not (text := Path("number").read_text()):
             time.sleep(0.05)
         server = int(Path(f"/proc/{text.strip()}/stat").read_text().split()[3])
@@ -222,7 +222,7 @@ def test_a_job_whose_server_was_killed_ends(probe: Path) -> None:
         stat = Path(f"/proc/{waiting.pid}/stat")
         print(not stat.exists() or stat.read_text().split()[2] == "Z")
         waiting.send_signal(signal.SIGTERM)
-        print(job.Command("probe", ["says"]).wait(20))  # by another server
+        print(job.ChildProcess("probe", ["says"]).wait(20))  # by another server
         """,
     )
     assert done.stdout.splitlines()[:2] == ["-9", "True"], done.stderr
@@ -234,7 +234,7 @@ def test_several_threads_start_jobs_and_leave_the_environment_as_it_was(probe: P
         probe,
         """
         before, codes = dict(os.environ), []
-        threads = [threading.Thread(target=lambda: codes.append(job.Command("probe", ["says"]).wait())) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: codes.append(job.ChildProcess("probe", ["says"]).wait())) for _ in range(4)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
         print(codes, dict(os.environ) == before)
@@ -246,7 +246,7 @@ def test_several_threads_start_jobs_and_leave_the_environment_as_it_was(probe: P
 def test_where_no_socket_can_be_made_a_job_is_a_process_from_nothing(probe: Path) -> None:
     folder = probe / ("long" * 25)
     folder.mkdir()
-    done = parent(probe, 'print(job.Command("probe", ["says"]).wait())', TMPDIR=str(folder))
+    done = parent(probe, 'print(job.ChildProcess("probe", ["says"]).wait())', TMPDIR=str(folder))
     assert done.stdout.endswith("exit handlers run\n1\n"), done.stderr
 
 
@@ -260,7 +260,7 @@ def test_a_process_whose_own_way_to_start_others_is_unknown_elsewhere_starts_job
             _name = "other"
         multiprocessing.context._concrete_contexts["other"] = OtherContext()
         multiprocessing.set_start_method("other")
-        print(job.Command("probe", ["says"]).wait(), multiprocessing.get_start_method())
+        print(job.ChildProcess("probe", ["says"]).wait(), multiprocessing.get_start_method())
         """,
     )
     assert done.stdout.endswith("exit handlers run\n1 other\n"), done.stderr

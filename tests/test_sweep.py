@@ -14,8 +14,8 @@ from helpers import QUICK
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles
-from mnist_lit.reports.tables import text_table, to_csv
 from mnist_lit.storage import runs
+from mnist_lit.storage.tables import text_table, to_csv
 from mnist_lit.sweeps.jobs import Job, read_jobs
 from mnist_lit.sweeps.summary import best_first, summarize, table
 from mnist_lit.sweeps.sweep import asked_jobs, plan

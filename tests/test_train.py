@@ -210,3 +210,12 @@ def test_epoch_seconds_leave_out_validation(tmp_path: Path, monkeypatch) -> None
     results = train(tmp_path / "run", **small("data.val_size=200", "trainer.val_check_interval=1"))
     assert results["fit_seconds"] > 6 * 0.4  # three validations in each of two epochs
     assert max(results["epoch_seconds"]) < 3 * 0.4
+
+
+def test_callbacks_of_the_users_own_come_beside_those_of_the_run(tmp_path: Path) -> None:
+    stopper = (
+        "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/acc, mode: max, stopping_threshold: 0.0}"
+    )
+    results = train(tmp_path / "run", **small("data.val_size=100", f"+trainer.callbacks=[{stopper}]"))
+    assert results["epochs"] == 1 and results["test/images"] == 200
+    assert (tmp_path / "run" / CHECKPOINTS[0]).exists()

@@ -58,7 +58,7 @@ class Result:
         return last if self.code == 1 and last else f"exit code {self.code} {last}".strip()
 
 
-class Command:
+class ChildProcess:
     """A running ``python -m <module>``, in its own process.
 
     Args:
@@ -153,7 +153,7 @@ def run(
     with open(os.devnull, "wb") as nowhere:
         try:
             stdout = nowhere.fileno() if quiet else 1
-            command = Command(f"mnist_lit.{verb}", arguments, cwd, environment, stdout, send, composed)
+            command = ChildProcess(f"mnist_lit.{verb}", arguments, cwd, environment, stdout, send, composed)
         finally:
             os.close(send)
     last: deque[str] = deque(maxlen=300)
@@ -185,7 +185,7 @@ def _pass_on(receive: int, quiet: bool, last: deque[str]) -> None:
                 last.append(line.rstrip())
 
 
-def _stop(command: Command, number: signal.Signals) -> int:
+def _stop(command: ChildProcess, number: signal.Signals) -> int:
     command.send_signal(number)
     try:
         return command.wait(SECONDS_TO_STOP)

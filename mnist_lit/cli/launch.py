@@ -72,7 +72,7 @@ def launch(
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that --help | head ends quietly
         print(help_text(files.name, flags.overrides, files.user_folder))
         return
-    command = Command(verb, files, work, run_folder)
+    command = VerbRun(verb, files, work, run_folder)
     hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     try:
         with files.errors_as_user_errors(flags.overrides), _exceptions_from_hydra():
@@ -119,7 +119,7 @@ def show_tracebacks_as_asked() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1" if tracebacks else "0"
 
 
-class Command:
+class VerbRun:
     """A single run of a verb, called by Hydra with the composed configuration.
 
     Attributes:

@@ -1,5 +1,6 @@
 """``resume=``: finds the run and checkpoint to resume from, and merges allowed overrides into its configuration."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,10 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     if other:
         differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)
         raise UserError(f"{run.folder} is another run: {differences}; remove these overrides to resume it")
-    if epochs in different and (own[epochs] == -1 or 0 < new[epochs] < own[epochs]):
-        had = "no limit of epochs" if own[epochs] == -1 else f"{own[epochs]} epochs"
-        raise UserError(f"{run.folder} has {had}: trainer.max_epochs can only be increased")
+    if epochs in different:
+        before, after = (math.inf if each.get(epochs) in (-1, None) else each[epochs] for each in (own, new))
+        if after < before:
+            raise UserError(f"{run.folder} has max_epochs={own.get(epochs)}: it can only be increased")
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
     for key in different:
         section, _, name = key.partition(".")

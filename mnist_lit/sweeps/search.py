@@ -34,8 +34,8 @@ from mnist_lit import UserError
 from mnist_lit.cli import job, launch
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, quoted
 from mnist_lit.cli.errors import suggestion
-from mnist_lit.reports.tables import short
 from mnist_lit.storage import runs
+from mnist_lit.storage.tables import short
 
 log = logging.getLogger("mnist_lit.tune")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit.cli.resume import may_change
-from mnist_lit.reports.tables import text_table, to_csv
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
+from mnist_lit.storage.tables import text_table, to_csv
 from mnist_lit.sweeps.jobs import Job, differing, identity, read_jobs, title
 
 log = logging.getLogger("mnist_lit.sweeps.sweep")

@@ -264,7 +264,7 @@ class SweepCommand:
             config.hydra.sweep.dir, config.hydra.output_subdir = str(folder), None  # each job has its own .hydra
             # The launcher composes the jobs with these.
             config.hydra.overrides.hydra += [quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"]
-        if not all(job.config["data.val_size"] for job in self.task.jobs):
+        if not all(job.config.get("data.val_size") for job in self.task.jobs):
             log.warning(NOT_RANKED)
 
     def finish(self, config: Any) -> None:

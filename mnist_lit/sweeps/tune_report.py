@@ -14,9 +14,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, plain_values
-from mnist_lit.reports.tables import short, text_table, to_csv
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
+from mnist_lit.storage.tables import short, text_table, to_csv
 
 log = logging.getLogger("mnist_lit.tune")
 

@@ -1,7 +1,5 @@
 """Callback that records the metrics and the duration of every epoch."""
 
-import csv
-import io
 import logging
 import time
 from pathlib import Path
@@ -13,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from mnist_lit import Interrupted
 from mnist_lit.storage.atomic import atomic_write
+from mnist_lit.storage.tables import to_csv
 from mnist_lit.training.progress import epoch_name
 
 log = logging.getLogger(__name__)
@@ -94,11 +93,7 @@ class RunRecorder(L.Callback):
         facts = trainer.datamodule.facts  # type: ignore[attr-defined]
         data = {"data": facts["name"], "data_sha256": facts["sha256"]}
         columns = ["epoch", "train/loss", "train/acc", "val/loss", "val/acc", "epoch_seconds", *data]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, restval="")
-        writer.writeheader()
-        writer.writerows({**row, **data} for row in self.history)
-        atomic_write(self.path, text.getvalue().encode())
+        atomic_write(self.path, to_csv(columns, [{**row, **data} for row in self.history]))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         mid_epoch = not self.history or self.history[-1]["epoch"] <= trainer.current_epoch

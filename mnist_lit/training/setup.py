@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import lightning as L
 import torch
 from lightning.pytorch import loggers
@@ -49,8 +50,11 @@ def build_trainer(
     tidy_messages()
     shows_bar = arguments.get("enable_progress_bar", True) and sys.stdout.isatty()
     no_validation = {"limit_val_batches": 0, "val_check_interval": None, "check_val_every_n_epoch": 1}
+    added = {
+        key: hydra.utils.instantiate(arguments.get(key) or [], _convert_="all") for key in ("callbacks", "plugins")
+    }
     changed = {
-        **arguments,
+        **{key: value for key, value in arguments.items() if key not in added},
         **({} if getattr(datamodule, "val_size", True) else no_validation),
         "enable_progress_bar": shows_bar,
         "enable_model_summary": False,  # ``log_header`` has it
@@ -61,8 +65,8 @@ def build_trainer(
             "trainer",
             changed,
             L.Trainer,
-            plugins=[AtomicCheckpointIO()],
-            callbacks=[TerminateOtherRanks(), *callbacks, *([ProgressBar()] if shows_bar else [])],
+            plugins=[AtomicCheckpointIO(), *added["plugins"]],
+            callbacks=[TerminateOtherRanks(), *callbacks, *added["callbacks"], *([ProgressBar()] if shows_bar else [])],
             logger=[_logger(name, options, folder, resumed) for name, options in (logger or {}).items()],
             default_root_dir=folder,
             use_distributed_sampler=False,  # the loaders distribute each batch themselves
@@ -182,8 +186,9 @@ def _says_something(record: logging.LogRecord) -> bool:
 def _logger(name: str, options: dict[str, Any], folder: Path, resumed: bool) -> Any:
     section = f"logger.{name}"
     if resumed and issubclass(find_class(section, options, object), loggers.CSVLogger):
-        parts = len(list(folder.glob(f"{options['name']}*"))) + 1  # CSVLogger deletes what is in its folder
-        options = {**options, "name": f"{options['name']}_{parts}" if parts > 1 else options["name"]}
+        own = options.get("name", "lightning_logs")
+        parts = len(list(folder.glob(f"{own}*"))) + 1  # CSVLogger deletes what is in its folder
+        options = {**options, "name": f"{own}_{parts}" if parts > 1 else own}
     own = {key: value for key, value in options.items() if key != "save_dir"}
     try:
         kind: Any = loggers.Logger
