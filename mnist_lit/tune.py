@@ -11,7 +11,7 @@ from typing import Any
 
 from mnist_lit import Interrupted, UserError, require_packages
 from mnist_lit.cli import job
-from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, plain_values
+from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, key_of, plain_values
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.sweeps.jobs import identity
 
@@ -76,7 +76,7 @@ def _command(**values: Any) -> None:
     if not values["data"]["val_size"]:
         raise UserError("data.val_size=0 leaves no validation accuracy to optimize")
     hydra = HydraConfig.get()
-    overrides = [each for each in hydra.overrides.task if each.lstrip("+~").split("=")[0].split(".")[0] not in OWN_KEYS]
+    overrides = [each for each in hydra.overrides.task if key_of(each).split(".")[0] not in OWN_KEYS]
     config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     files = ConfigFiles("train", config_dirs[0] if config_dirs else None)
     # Where tune.yaml differs from train.yaml.

@@ -113,7 +113,7 @@ def test_convert_as_a_command(finished_run: Path, tmp_path: Path, command: Comma
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a model, 1.keras"]
     refused = command("source=no.keras", "target=model.ckpt", cwd=tmp_path, verb="convert")
-    assert (refused.returncode, refused.stderr) == (1, "convert: source=no.keras: there is no such file\n")
+    assert (refused.returncode, refused.stderr) == (1, "convert: source=no.keras: no such file\n")
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_answers_that_are_no_numbers_do_not_stop_it() -> None:
 def test_a_test_that_would_mean_nothing_is_refused(finished_run: Path, tmp_path: Path) -> None:
     content = torch.load(finished_run / runs.LAST, weights_only=True)
     torch.save({**content, "data": [{"name": "mnist"}]}, tmp_path / "full.ckpt")
-    with pytest.raises(UserError, match="the sample's test digits are training digits"):
+    with pytest.raises(UserError, match="the sample's test images are training images"):
         evaluate(tmp_path / "results", **asked(tmp_path / "full.ckpt"))
 
 

@@ -26,7 +26,7 @@ def found(folder: Path) -> dict[str, str]:
 def is_as_expected(done: "subprocess.CompletedProcess[str]", folder: Path) -> bool:
     assert done.returncode == 1, done.stderr  # for one of the three is refused
     assert done.stderr.splitlines()[-1].startswith("train: 1 of 3 jobs failed"), done.stderr
-    assert "failed: seed=-1: seed=-1: must be a whole number" in done.stdout
+    assert "failed: seed=-1: seed=-1: must be greater than or equal to 0" in done.stdout
     assert (folder / "s" / "summary.csv").exists()
     return found(folder).keys() == {"seed-0", "seed-1"}
 

@@ -271,8 +271,8 @@ def test_28_an_invalid_search_space_is_refused(space: dict, overrides: list[str]
 
 def test_28_what_else_is_refused_before_any_trial(tmp_path: Path, tune: Any) -> None:
     for arguments, sentence in (
-        (["n_trials=0"], "n_trials=0: must be a whole number of at least 1"),
-        (["sampler=grid"], "sampler=grid: must be one of tpe, random"),
+        (["n_trials=0"], "n_trials=0: must be greater than or equal to 1"),
+        (["sampler=grid"], "sampler=grid: must be 'tpe' or 'random'"),
         (["storage=oracle://x"], "storage=oracle://x: cannot be opened"),
         (
             ["storage=postgresql+psycopg://nobody@127.0.0.1:9/x"],

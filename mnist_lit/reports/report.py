@@ -69,6 +69,7 @@ def write_report(
     confusion = results["test/confusion_matrix"]
     page = environment.get_template("report.html").render(
         results=results,
+        trained="epochs" in results,
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         is_sample=results["data"]["name"] == SAMPLE_NAME,
         curves=[(title, _curve_svg(key, history, results)) for key, title in CURVES.items()] if history else [],

@@ -32,7 +32,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from mnist_lit import UserError
 from mnist_lit.cli import job, launch
-from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, quoted
+from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, key_of, quoted
 from mnist_lit.cli.errors import suggestion
 from mnist_lit.storage import runs
 from mnist_lit.storage.tables import short
@@ -74,7 +74,7 @@ def distributions(
             raise UserError(
                 f"space.{key}: train has no key {key}{suggestion(key, config)}; '~space.{key}' removes it from the search"
             )
-        if any(override.lstrip("+~").split("=")[0] == key for override in overrides):
+        if any(key_of(override) == key for override in overrides):
             raise UserError(f"{key} is searched and cannot be set; '~space.{key}' removes it from the search")
     return {key: _distribution(key, given, config[key]) for key, given in arguments.items()}
 
