@@ -1,8 +1,6 @@
 """``python -m mnist_lit.predict``: predict the digits in images."""
 
-import csv
 import glob
-import io
 import json
 import multiprocessing
 import os
@@ -25,6 +23,7 @@ from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.inference.contact_sheet import MAX_IMAGES, contact_sheet_of
 from mnist_lit.storage.atomic import atomic_write, require_free
+from mnist_lit.storage.tables import to_csv
 
 BATCH_SIZE = 128  # images that are read, and then predicted, together
 MIN_PARALLEL = 512  # from this many images on, worker processes read them
@@ -84,14 +83,8 @@ def predict(
         atomic_write(Path(contact_sheet), contact_sheet_of(rows, thumbnails))
     rows += [_row(path, None, error) for path, error in found if error]
     if output:
-        text = io.StringIO(newline="")
-        if Path(output).suffix.lower() == ".csv":
-            writer = csv.DictWriter(text, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            text.write(json.dumps(rows, indent=1) + "\n")
-        atomic_write(Path(output), text.getvalue().encode(errors="surrogateescape"))
+        is_csv = Path(output).suffix.lower() == ".csv"
+        atomic_write(Path(output), to_csv(COLUMNS, rows) if is_csv else (json.dumps(rows, indent=1) + "\n").encode())
     return rows
 
 

@@ -23,6 +23,7 @@ import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg
 import omegaconf._impl
 import PIL.Image
+import pydantic
 import torch._dynamo
 import torchmetrics.classification
 import torchvision.datasets
