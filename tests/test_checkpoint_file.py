@@ -90,9 +90,9 @@ def test_07_a_checkpoint_cut_short_is_refused_and_the_newest_whole_one_named(run
         last.write_bytes(content[:length])
         with pytest.raises(UserError, match=r"damaged|not a checkpoint") as refused:
             find(str(run), run.parent)
-        assert str(refused.value).endswith(f"the newest whole one: resume={run / runs.PREVIOUS}")
+        assert str(refused.value).endswith(f"the newest intact one: resume={run / runs.PREVIOUS}")
     (run / runs.PREVIOUS).write_bytes(b"PK\3\4")
-    with pytest.raises(UserError, match="there is no whole one in this run"):
+    with pytest.raises(UserError, match="this run has no intact checkpoint"):
         find(str(run), run.parent)
 
 

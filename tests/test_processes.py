@@ -209,7 +209,7 @@ def test_03_two_processes_stopped_by_sigterm_go_on_with_the_same_bits(whole: Pat
     wait_for(lambda: list(tmp_path.glob("outputs/*/checkpoints/last.ckpt")))
     process.terminate()
     text = said(process, cwd=tmp_path, code=143)
-    assert text.count("\nstopping at") == 1 and "Traceback" not in text
+    assert text.count("\nstopping after this step") == 1 and "Traceback" not in text
     assert len(sentences := re.findall("^train: .*", text, re.MULTILINE)) == 1 and "stopped by SIGTERM" in sentences[0]
     said(start("resume=latest", cwd=tmp_path), cwd=tmp_path)
     assert_same(final(only_run(tmp_path)), final(whole))
@@ -262,7 +262,7 @@ def test_26_when_a_process_dies_the_other_ends_with_a_sentence(dead: int, tmp_pa
     (sentence,) = re.findall("^train: .*", text, re.MULTILINE)
     assert sentence == (
         "train: another process of this run has died, so this one ends, too; "
-        f"go on with: python -m mnist_lit.train resume={only_run(tmp_path).relative_to(tmp_path)}"
+        f"resume with: python -m mnist_lit.train resume={only_run(tmp_path).relative_to(tmp_path)}"
     )
 
 

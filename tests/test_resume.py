@@ -132,7 +132,7 @@ def test_03_04_a_signal_stops_at_the_end_of_the_step_and_says_how_to_go_on(
     sentence = errors.splitlines()[-1]
     found = re.fullmatch(
         rf"train: stopped by {name} after step (\d+) \(epoch \d+/9999\); "
-        r"go on with: python -m mnist_lit.train (resume=outputs/\S+)",
+        r"resume with: python -m mnist_lit.train (resume=outputs/\S+)",
         sentence,
     )
     assert found, errors

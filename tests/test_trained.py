@@ -49,7 +49,7 @@ def test_07_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(finis
     (run / runs.LAST).write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="damaged") as refused:
         find(run)
-    assert str(refused.value).endswith(f"the newest whole one: ckpt={run / runs.PREVIOUS}")
+    assert str(refused.value).endswith(f"the newest intact one: ckpt={run / runs.PREVIOUS}")
     with pytest.raises(UserError, match="there is no such checkpoint or run"):
         find(tmp_path / "nowhere")
 

@@ -60,8 +60,8 @@ def suggest_intact(folder: Path, damaged: Path, key: str) -> str:
     """The end of a message about a damaged checkpoint: which checkpoint of the run to pass as ``key`` instead."""
     for path in (folder / LAST, folder / PREVIOUS):
         if path != damaged and not corruption(path):
-            return f"; the newest whole one: {key}={path}"
-    return "; there is no whole one in this run"
+            return f"; the newest intact one: {key}={path}"
+    return "; this run has no intact checkpoint"
 
 
 def checkpoint_of(folder: Path) -> Path | None:
@@ -82,7 +82,7 @@ def resume_hint(folder: Path) -> str:
     if not (folder / LAST).exists():
         return "; there is no checkpoint"
     start = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    return f"; go on with: {start} -m mnist_lit.train resume={display_path(folder)}"
+    return f"; resume with: {start} -m mnist_lit.train resume={display_path(folder)}"
 
 
 def create(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:
