@@ -46,18 +46,19 @@ def train(
     with loading("PyTorch and Lightning"):
         import lightning as L
 
-        from mnist_lit.build import call, instantiate
+        from mnist_lit.build import instantiate
         from mnist_lit.model import MNISTClassifier
         from mnist_lit.reports.report import learning_curve, write_report
         from mnist_lit.reports.scores import PredictionCollector, scores
-        from mnist_lit.training import Checkpoints, RunRecorder, SeedEachBatch, StopOnNaN, setup
+        from mnist_lit.training import setup
+        from mnist_lit.training.callbacks import SeedEachBatch, StopOnNaN
+        from mnist_lit.training.recorder import RunRecorder
 
     setup.keep_freed_memory()
     L.seed_everything(seed, verbose=False)
     classifier = MNISTClassifier(model, optimizer)
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
-    saves = trainer.get("enable_checkpointing", True) and not trainer.get("fast_dev_run")
-    checkpoints = call("checkpoint", Checkpoints, folder, enabled=saves, **(checkpoint or {}))
+    checkpoints = setup.checkpoints(folder, checkpoint or {}, trainer)
     recorder, predictions = RunRecorder(folder), PredictionCollector()
     callbacks = [SeedEachBatch(seed), StopOnNaN(), recorder, checkpoints, predictions]
     lightning_trainer = setup.build_trainer(folder, trainer, logger, callbacks, datamodule, resumed=bool(resume))

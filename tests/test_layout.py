@@ -72,6 +72,9 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     [
         ("mnist_lit.data", ["hydra", "mnist_lit.cli", "multiprocessing.forkserver"]),
         ("mnist_lit.model", ["hydra", "mnist_lit.cli", "mnist_lit.data"]),
+        ("mnist_lit.network", ["lightning", "hydra", "torchmetrics", "mnist_lit.data"]),
+        ("mnist_lit.training.memory", ["lightning", "torch"]),
+        ("mnist_lit", ["torch", "hydra"]),
     ],
 )
 def test_the_tutorial_stands_alone(module: str, absent: list[str]) -> None:

@@ -193,40 +193,6 @@ class Checkpoints(Checkpoint):
         raise Interrupted(number, f"stopped by {SIGNALS[number]} {where}{resume_hint(self.folder)}")
 
 
-class StopOnNaN(L.Callback):
-    """Stops a run at the first NaN or infinite loss, before any checkpoint is overwritten.
-
-    On a GPU the loss is checked every few steps, to avoid a synchronization at each; the step reported is exact.
-    """
-
-    CHECK_EVERY = 50
-
-    def __init__(self) -> None:
-        self._first: torch.Tensor | None = None  # the first step with such a loss; 0 for none
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        finite = outputs["loss"].detach().isfinite()
-        if finite.device.type == "cpu":
-            if not finite:
-                self._stop(trainer, trainer.global_step)
-            return
-        step = torch.full_like(finite, trainer.global_step, dtype=torch.int64)
-        now = torch.where(finite, 0, step)
-        self._first = now if self._first is None else torch.where(self._first == 0, now, self._first)
-        due = trainer.global_step % self.CHECK_EVERY == 0 or trainer.is_last_batch
-        if due and (first := int(self._first)):
-            self._stop(trainer, first)
-
-    def _stop(self, trainer: L.Trainer, step: int) -> None:
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        raise UserError(
-            f"the loss is not finite at step {step} ({epoch_name(trainer)}), with optimizer.lr={rate:g}: training "
-            "stopped; earlier checkpoints are unchanged"
-        )
-
-
 def _is_end_of_epoch(trainer: L.Trainer) -> bool:
     """Whether Lightning ends the epoch after the current batch and the validation that may follow it."""
     reached_max_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps

@@ -17,13 +17,21 @@ from lightning.pytorch import loggers
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mnist_lit import UserError, compat
-from mnist_lit.build import find_class, instantiate
+from mnist_lit.build import call, find_class, instantiate
 from mnist_lit.storage import runs
-from mnist_lit.training.checkpoints import AtomicCheckpointIO
+from mnist_lit.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mnist_lit.training.memory import keep_freed_memory, peak_memory_bytes
 from mnist_lit.training.progress import ProgressBar
 
-__all__ = ["build_trainer", "conditions", "keep_freed_memory", "log_above_progress_bar", "log_header", "prepare_data"]
+__all__ = [
+    "build_trainer",
+    "checkpoints",
+    "conditions",
+    "keep_freed_memory",
+    "log_above_progress_bar",
+    "log_header",
+    "prepare_data",
+]
 
 log = logging.getLogger("mnist_lit.train")
 
@@ -82,6 +90,16 @@ def build_trainer(
     if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
         raise UserError(f"trainer.devices={arguments['devices']}: this machine has only {cores} CPU cores")
     return trainer
+
+
+def checkpoints(folder: Path, arguments: dict[str, Any], trainer: dict[str, Any]) -> Checkpoints:
+    """The callback that writes checkpoints, unless the section ``trainer`` disables them.
+
+    Args:
+        arguments: The section ``checkpoint`` of the configuration.
+    """
+    enabled = bool(trainer.get("enable_checkpointing", True)) and not trainer.get("fast_dev_run")
+    return call("checkpoint", Checkpoints, folder, enabled=enabled, **arguments)
 
 
 class TerminateOtherRanks(L.Callback):
