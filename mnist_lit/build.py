@@ -40,9 +40,9 @@ def instantiate(section: str, config: Mapping[str, Any], kind: type[T], **defaul
     import hydra.utils
 
     cls = find_class(section, config, kind)
-    own = hydra.utils.instantiate({key: value for key, value in config.items() if key != "_target_"}, _convert_="all")
+    own = hydra.utils.instantiate(_arguments(config), _convert_="all")
     built = call(section, cls, **{**accepted(cls, defaults), **own})
-    if cls.__module__.partition(".")[0] in LIBRARIES:  # some find out late
+    if _is_of_library(cls):  # some find out late
         key, reason = wrong_type(cls, own)
         if key:
             raise UserError(f"{section}.{key}={own[key]}: {reason}")
@@ -78,7 +78,7 @@ def call(section: str, cls: Callable[..., T], *arguments: Any, **named: Any) -> 
     except UserError:
         raise
     except Exception as error:
-        if cls.__module__.partition(".")[0] not in LIBRARIES:
+        if not _is_of_library(cls):
             raise
         key, reason = wrong_type(cls, named)
         if not isinstance(error, TypeError) or not key:
@@ -113,6 +113,10 @@ def must_be(error: Any) -> str:
 def accepted(cls: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The subset of ``arguments`` that ``cls`` has parameters for."""
     return {key: value for key, value in arguments.items() if key in inspect.signature(cls).parameters}
+
+
+def _is_of_library(cls: Callable[..., Any]) -> bool:
+    return cls.__module__.partition(".")[0] in LIBRARIES
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
-from mnist_lit.reports.results import test_table
+from mnist_lit.reports.results import evaluation_table
 from mnist_lit.storage import runs
 
 log = logging.getLogger("mnist_lit.evaluate")
@@ -39,12 +39,12 @@ def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer
         from mnist_lit.inference.trained import load_classifier
         from mnist_lit.reports.report import write_report
         from mnist_lit.reports.scores import PredictionCollector, scores
-        from mnist_lit.training import setup
+        from mnist_lit.training import harness
 
     classifier = load_classifier(path)
     datamodule, predictions = instantiate("data", data, L.LightningDataModule), PredictionCollector()
-    lightning_trainer = setup.build_trainer(folder, trainer, None, [predictions], datamodule)
-    setup.prepare_data(lightning_trainer, datamodule, trainer, stages=["test"])
+    lightning_trainer = harness.build_trainer(folder, trainer, None, [predictions], datamodule)
+    harness.prepare_data(lightning_trainer, datamodule, trainer, stages=["test"])
     with runs.locked(folder) if lightning_trainer.is_global_zero else nullcontext():
         started = time.perf_counter()
         (test,) = lightning_trainer.test(classifier, datamodule, verbose=False)
@@ -55,13 +55,13 @@ def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer
             "ckpt": runs.display_path(path.absolute()),
             "trained_on": classifier.trained_on,
             "test_seconds": time.perf_counter() - started,
-            **setup.conditions(lightning_trainer, datamodule),
+            **harness.conditions(lightning_trainer, datamodule),
         }
         if lightning_trainer.is_global_zero:
             runs.write_json(folder / "metrics.json", results)
             config = {"ckpt": results["ckpt"], "model": classifier.hparams["model"], "data": data, "trainer": trainer}
             write_report(folder / "report.html", results, config, predictions, classifier.network)
-            log.info("\n%s", test_table(results, folder))
+            log.info("\n%s", evaluation_table(results, folder))
         return results
 
 

@@ -21,27 +21,27 @@ class StageMetrics(nn.ModuleDict):
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss, logits [B, 10], and labels [B]."""
-        each: Any = self
-        each["loss"].update(loss.detach().expand(len(labels)))
-        each["acc"].update(logits.detach(), labels)
+        metrics = dict(self._metrics())
+        metrics["loss"].update(loss.detach().expand(len(labels)))
+        metrics["acc"].update(logits.detach(), labels)
 
     def compute(self) -> dict[str, float]:
         """The values over all ranks."""
-        return {name: float(metric.compute()) for name, metric in self._each()}
+        return {name: float(metric.compute()) for name, metric in self._metrics()}
 
     def compute_locally(self) -> dict[str, float]:
         """The values on this rank so far, without waiting for the others."""
-        return {name: float(compat.compute_locally(metric)) for name, metric in self._each()}
+        return {name: float(compat.compute_locally(metric)) for name, metric in self._metrics()}
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """The states on this rank, to resume from in the middle of an epoch."""
         return {
-            name: {key: value.clone() for key, value in metric.metric_state.items()} for name, metric in self._each()
+            name: {key: value.clone() for key, value in metric.metric_state.items()} for name, metric in self._metrics()
         }
 
     def load_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for name, metric in self._each():
+        for name, metric in self._metrics():
             metric.load_state_dict({key: value.to(metric.device) for key, value in states[name].items()})
 
-    def _each(self) -> Any:
+    def _metrics(self) -> Any:  # ModuleDict's items, which are metrics here
         return self.items()

@@ -50,19 +50,19 @@ def train(
         from mnist_lit.model import MNISTClassifier
         from mnist_lit.reports.report import learning_curve, write_report
         from mnist_lit.reports.scores import PredictionCollector, scores
-        from mnist_lit.training import setup
+        from mnist_lit.training import harness
         from mnist_lit.training.callbacks import SeedEachBatch, StopOnNaN
         from mnist_lit.training.recorder import RunRecorder
 
-    setup.keep_freed_memory()
+    harness.keep_freed_memory()
     L.seed_everything(seed, verbose=False)
     classifier = MNISTClassifier(model, optimizer)
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
-    checkpoints = setup.checkpoints(folder, checkpoint or {}, trainer)
+    checkpoints = harness.checkpoints(folder, checkpoint or {}, trainer)
     recorder, predictions = RunRecorder(folder), PredictionCollector()
     callbacks = [SeedEachBatch(seed), StopOnNaN(), recorder, checkpoints, predictions]
-    lightning_trainer = setup.build_trainer(folder, trainer, logger, callbacks, datamodule, resumed=bool(resume))
-    setup.prepare_data(lightning_trainer, datamodule, trainer)
+    lightning_trainer = harness.build_trainer(folder, trainer, logger, callbacks, datamodule, resumed=bool(resume))
+    harness.prepare_data(lightning_trainer, datamodule, trainer)
 
     config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "trainer": trainer}
     config |= {"checkpoint": checkpoint or {}, "logger": logger, **sections}
@@ -70,13 +70,13 @@ def train(
     with runs.locked(folder) if is_first else nullcontext():
         if is_first:
             (runs.reopen if resume else runs.create)(folder, config, datamodule.facts)
-        setup.log_header(lightning_trainer, classifier, datamodule, config, resume)
-        with setup.log_above_progress_bar(lightning_trainer):
+        harness.log_header(lightning_trainer, classifier, datamodule, config, resume)
+        with harness.log_above_progress_bar(lightning_trainer):
             start = resume if resume and Path(resume).is_file() else None
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
         (test,) = lightning_trainer.test(classifier, datamodule, ckpt_path=checkpoints.best_path, verbose=False)
         results = {**test, **training_results(recorder, checkpoints.best_path), "seed": seed}
-        results |= {"max_epochs": trainer.get("max_epochs"), **setup.conditions(lightning_trainer, datamodule)}
+        results |= {"max_epochs": trainer.get("max_epochs"), **harness.conditions(lightning_trainer, datamodule)}
         results |= scores(predictions.probabilities, predictions.labels)
         if is_first:
             runs.write_json(folder / "metrics.json", results)  # before what only shows them

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
-from helpers import ROOT, assert_same, differences, final, small
+from helpers import ROOT, assert_same, differences, final, results, small
 from soak import PHASES, outcome
 
 from mnist_lit import Interrupted, UserError
@@ -317,3 +317,35 @@ def test_a_run_with_another_optimizer_or_network_goes_on_without_naming_it_again
     train(tmp_path / "run", **small("optimizer=adam", "trainer.max_epochs=1"))
     done = command("resume=run", cwd=tmp_path)
     assert done.returncode == 0 and "run is finished" in done.stdout, done.stderr
+
+
+def test_a_run_with_the_keys_of_an_older_version_is_resumed(tmp_path: Path, command: Command) -> None:
+    import yaml
+
+    train(tmp_path / "run", **small("trainer.max_epochs=1"))
+    path = tmp_path / "run" / "config.yaml"
+    head, text = path.read_text().split("\n", 1)
+    config = yaml.safe_load(text)
+    for section in ("data", "trainer"):
+        del config[section]["_target_"]
+    config["optimizer"]["name"] = config["optimizer"].pop("_target_").rpartition(".")[2]
+    model = config["model"]
+    model |= {"network": model.pop("_target_"), "compiled": model.pop("cpu_kernel")}
+    path.write_text(f"{head}\n{yaml.safe_dump(config)}")
+    done = command("resume=run", "trainer.max_epochs=2", cwd=tmp_path)
+    assert done.returncode == 0 and results(tmp_path / "run")["epochs"] == 2, done.stderr
+
+
+def test_28_what_may_change_on_resume_is_checked_like_that_of_a_new_run(
+    finished_run: Path, tmp_path: Path, command: Command
+) -> None:
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    before = (folder / "config.yaml").read_text()
+    for override, sentence in (
+        ("checkpoint.every_n_steps=-1", "checkpoint.every_n_steps=-1: must be greater than or equal to 1"),
+        ("trainer.max_epochs=abc", "trainer.max_epochs=abc: "),
+        ("trainer.max_epochs=1", "run has max_epochs=2: it can only be increased"),
+    ):
+        done = command("resume=run", override, cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"train: {sentence}"), done.stderr
+        assert "Traceback" not in done.stderr and (folder / "config.yaml").read_text() == before

@@ -11,6 +11,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
+from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
 CONF = next(path for base in Path(__file__).parents[1:3] if (path := base / "conf").is_dir())
@@ -92,7 +93,7 @@ class ConfigFiles:
         from hydra.errors import HydraException
 
         groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"]
-        choices = [override for override in overrides if override.partition("=")[0] in groups]
+        choices = [override for override in overrides if key_of(override) in groups]
         try:
             config = self.compose(choices)
         except HydraException:  # a choice that does not exist, or several in a sweep
@@ -100,8 +101,10 @@ class ConfigFiles:
         return [*flatten(plain_values(config, resolve=False)), *groups]
 
     def outputs_folder(self) -> Path:
-        """Where runs have their folders."""
-        return Path(self.compose([]).hydra.run.dir).parent
+        """Where runs have their folders, whatever folder Hydra has changed to."""
+        from hydra.utils import to_absolute_path
+
+        return Path(runs.display_path(Path(to_absolute_path(self.compose([]).hydra.run.dir)).parent))
 
 
 def _own(config: Any) -> Any:

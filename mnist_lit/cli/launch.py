@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mnist_lit import Interrupted, UserError, compat
 from mnist_lit.cli import ranks
@@ -30,18 +30,8 @@ from mnist_lit.cli.config import (
 from mnist_lit.storage import runs
 
 composed: Any = None  # the configuration, with Hydra's part, if another process has composed and checked it
-current: "Preparing | None" = None  # the command of this process, for ``callbacks.Prepare``
+current: Any = None  # the ``VerbRun``, or the sweep, of this process, for ``callbacks.Prepare``
 tracebacks = False  # whether debug=true or HYDRA_FULL_ERROR=1 asks for the traceback of a UserError
-
-
-class Preparing(Protocol):
-    """What ``callbacks.Prepare`` calls."""
-
-    def prepare(self, config: Any) -> None:
-        """Before Hydra makes a folder; ``config`` may be changed."""
-
-    def finish(self, config: Any) -> None:
-        """After a sweep."""
 
 
 class InCallback(BaseException):
@@ -140,7 +130,7 @@ class VerbRun:
         if not (self.run_folder and ranks.is_started_by_another()):
             ranks.tell_children()
         if not self.run_folder:
-            self._check(config)
+            _check(self.verb, config)
             return
         if ranks.is_started_by_another():
             ranks.end_with_parent()
@@ -161,9 +151,6 @@ class VerbRun:
             if not ranks.is_first():
                 quiet = CONF / "hydra" / "job_logging" / "further_process.yaml"
                 config.hydra.job_logging = OmegaConf.load(quiet)
-
-    def finish(self, config: Any) -> None:
-        """Nothing: this is not a sweep."""
 
     def __call__(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
@@ -191,12 +178,6 @@ class VerbRun:
             logging.getLogger("mnist_lit.crash").exception("the run failed")  # into the log file
             raise
 
-    def _check(self, config: Any) -> None:
-        from omegaconf.errors import InterpolationResolutionError
-
-        with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} needs the folder
-            _refuse_what_is_missing(checked_values(self.verb, config).get("trainer", {}))
-
     def _decide(self, config: Any) -> tuple[str, str | None]:
         """The run folder, claimed for this run, and the checkpoint to resume from, if any."""
         typed = any(key_of(override) == "hydra.run.dir" for override in config.hydra.overrides.hydra)
@@ -207,7 +188,7 @@ class VerbRun:
                 raise UserError("resume= uses the folder of the run: remove hydra.run.dir")
             run = resume.find(wanted)
             return str(run.folder), str(run.start)
-        self._check(config)
+        _check(self.verb, config)
         folder = claimed("hydra.run.dir", config.hydra.run.dir, typed)
         if runs.contains_run(folder):
             raise UserError(
@@ -219,7 +200,7 @@ class VerbRun:
         """The configuration of the resumed run, with the overrides that are allowed."""
         from mnist_lit.cli import resume
 
-        asked = plain_values(config)
+        asked = checked_values(self.verb, config)
         # Typed means named by an override, or set by a chosen group. Only here does Hydra compose a second time.
         unchanged, new = flatten(plain_values(self.files.compose([]))), flatten(asked)
         named = {key_of(override) for override in config.hydra.overrides.task}
@@ -229,6 +210,13 @@ class VerbRun:
         return continued
 
 
+def _check(verb: str, config: Any) -> None:
+    from omegaconf.errors import InterpolationResolutionError
+
+    with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} needs the folder
+        _refuse_what_is_missing(checked_values(verb, config).get("trainer", {}))
+
+
 def for_another_process(verb: str, config: Any) -> Any:
     """A composed configuration, checked, for the process that will run it.
 
@@ -236,11 +224,9 @@ def for_another_process(verb: str, config: Any) -> Any:
         None if it is invalid: then the process composes it itself, and reports the error.
     """
     from omegaconf import OmegaConf, open_dict, read_write
-    from omegaconf.errors import InterpolationResolutionError
 
     try:
-        with contextlib.suppress(InterpolationResolutionError):
-            _refuse_what_is_missing(checked_values(verb, config).get("trainer", {}))
+        _check(verb, config)
     except UserError:
         return None
     with read_write(config.hydra), open_dict(config.hydra):

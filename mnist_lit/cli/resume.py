@@ -22,6 +22,10 @@ MAY_CHANGE = (
 )
 
 
+# The classes of runs whose ``config.yaml`` does not name them, which is an older one.
+TARGETS = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Trainer"}
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that has been started.
@@ -61,6 +65,7 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
         raise UserError(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     config |= {section: with_current_names(config[section]) for section in ("model", "optimizer")}
+    config |= {section: {"_target_": target, **config[section]} for section, target in TARGETS.items()}
     if path.is_file():
         if path.name == Path(runs.BEST).name:  # it is from within a validation, where Lightning cannot go on exactly
             raise UserError(f"resume={wanted}: best.ckpt cannot be resumed, only tested: resume={folder}")
@@ -92,7 +97,7 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
         raise UserError(f"{run.folder} is another run: {differences}; remove these overrides to resume it")
     if epochs in different:
         before, after = (math.inf if each.get(epochs) in (-1, None) else each[epochs] for each in (own, new))
-        if after < before:
+        if isinstance(after, int) and after < before:  # Lightning refuses what is no number
             raise UserError(f"{run.folder} has max_epochs={own.get(epochs)}: it can only be increased")
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
     for key in different:

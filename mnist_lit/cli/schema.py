@@ -5,6 +5,7 @@ only those that it would check late are here. Other keys are passed on as they a
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -117,6 +118,11 @@ VERBS: dict[str, Any] = {
 }
 
 
+@cache
+def _adapter(verb: str) -> TypeAdapter[Any]:
+    return TypeAdapter(VERBS[verb])
+
+
 def check(verb: str, values: Mapping[str, Any]) -> None:
     """
     Raises:
@@ -126,7 +132,7 @@ def check(verb: str, values: Mapping[str, Any]) -> None:
     if isinstance(data, dict) and data.get("_target_", OWN_DATA) != OWN_DATA:
         values = {**values, "data": {}}  # another class knows its own arguments
     try:
-        TypeAdapter(VERBS[verb]).validate_python(values)
+        _adapter(verb).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         names = {key for cls in (Data, Checkpoint, *VERBS.values()) for key in cls.__annotations__}

@@ -36,7 +36,7 @@ def asked_jobs(files: ConfigFiles, overrides: Sequence[str]) -> list[Job]:
     Raises:
         UserError: Another sweeper was chosen.
     """
-    lists = sweep_jobs(files, overrides)
+    lists = overrides_of_jobs(files, overrides)
     asked = [dict(override.split("=", 1) for override in each) for each in lists]
     swept = [key for key in asked[0] if len({each[key] for each in asked}) > 1]
     configs = [flatten(plain_values(files.compose(each), resolve=False)) for each in lists]
@@ -65,7 +65,7 @@ def plan(asked: Sequence[Job], folder: Path) -> list[Job]:
     return jobs
 
 
-def sweep_jobs(files: ConfigFiles, overrides: Iterable[str]) -> list[list[str]]:
+def overrides_of_jobs(files: ConfigFiles, overrides: Iterable[str]) -> list[list[str]]:
     """The overrides of each job, without Hydra's own, as Hydra's basic sweeper expands them, in its order.
 
     Raises:

@@ -204,13 +204,13 @@ def _says_something(record: logging.LogRecord) -> bool:
 def _logger(name: str, options: dict[str, Any], folder: Path, resumed: bool) -> Any:
     section = f"logger.{name}"
     if resumed and issubclass(find_class(section, options, object), loggers.CSVLogger):
-        own = options.get("name", "lightning_logs")
-        parts = len(list(folder.glob(f"{own}*"))) + 1  # CSVLogger deletes what is in its folder
-        options = {**options, "name": f"{own}_{parts}" if parts > 1 else own}
-    own = {key: value for key, value in options.items() if key != "save_dir"}
+        place = options.get("name", "lightning_logs")
+        parts = len(list(folder.glob(f"{place}*"))) + 1  # CSVLogger deletes what is in its folder
+        options = {**options, "name": f"{place}_{parts}" if parts > 1 else place}
+    others = {key: value for key, value in options.items() if key != "save_dir"}
     try:
         kind: Any = loggers.Logger
-        return instantiate(section, own, kind, save_dir=str(folder / (options.get("save_dir") or "")))
+        return instantiate(section, others, kind, save_dir=str(folder / (options.get("save_dir") or "")))
     except UserError as error:
         if not isinstance(error.__cause__, ModuleNotFoundError):
             raise
