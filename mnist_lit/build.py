@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from mnist_lit import UserError
+from mnist_lit.storage.checkpoint_file import require_same_shapes
 
 T = TypeVar("T")
 
@@ -29,6 +30,28 @@ def build(section: str, config: Mapping[str, Any], kind: type[T], *first: Any) -
         UserError: There is no such class, or it does not accept the arguments.
     """
     return call(section, find_class(section, config, kind), *first, **_arguments(config))
+
+
+def require_fitting_weights(config: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """Compare a network, built without taking memory for its parameters, with the ``weights`` it is to have.
+
+    Args:
+        config: The section ``model`` of a checkpoint.
+        weights: The tensors of the network in a checkpoint.
+
+    Raises:
+        UserError: There is no such network, or names or shapes differ; the message lists every difference.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            own = build("model", config, torch.nn.Module).state_dict()
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError):  # the user's own network, whose constructor computes with values
+        return
+    require_same_shapes({f"network.{key}": value for key, value in own.items()}, weights)
 
 
 def instantiate(section: str, config: Mapping[str, Any], kind: type[T], **defaults: Any) -> T:

@@ -1,6 +1,7 @@
 """``python -m mnist_lit.convert``: convert models between Keras and this project."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ COMPARED = ("filters", "kernel_size", "pool_size", "strides", "padding", "dilati
             "activation", "use_bias")  # fmt: skip
 
 
-def convert(source: str, target: str, data_format: str = "channels_last", overwrite: bool = False) -> None:
+def convert(
+    source: str,
+    target: str,
+    data_format: str = "channels_last",
+    overwrite: bool = False,
+    trust: Iterable[str] = (),
+) -> None:
     """Convert the model in ``source`` to ``target``: one is a .keras file, the other a .ckpt file.
 
     Weights are copied bit for bit, without the state of the optimizer. The result is written only if both models give
@@ -26,6 +33,7 @@ def convert(source: str, target: str, data_format: str = "channels_last", overwr
         data_format: The layout of a written Keras model's images: [N, 28, 28, 1] (``channels_last``) or [N, 1, 28, 28]
             (``channels_first``).
         overwrite: Replace an existing target.
+        trust: Packages whose networks a checkpoint may name, besides this project's.
 
     Raises:
         UserError: The source is missing or cannot be read, the target cannot be written, or the model's architecture
@@ -45,7 +53,7 @@ def convert(source: str, target: str, data_format: str = "channels_last", overwr
         if source_path.suffix == ".keras":
             save_checkpoint(from_keras(load_keras(source_path)), temporary)
         else:
-            to_keras(load_checkpoint(source_path), data_format).save(temporary)
+            to_keras(load_checkpoint(source_path, trust), data_format).save(temporary)
     print(f"{target}: written; its probabilities match those of {source} to {TOLERANCE:g}")
 
 
@@ -111,11 +119,11 @@ def load_keras(path: Path) -> Any:
         raise UserError(f"{path}: Keras cannot load it ({' '.join(str(error).split())[:300]})") from error
 
 
-def load_checkpoint(path: Path) -> Any:
+def load_checkpoint(path: Path, trust: Iterable[str] = ()) -> Any:
     from mnist_lit.inference.trained import load_classifier
     from mnist_lit.network import TutorialCNN
 
-    classifier = load_classifier(path)
+    classifier = load_classifier(path, trust)
     if type(classifier.network) is not TutorialCNN:
         raise UserError(f"{path}: holds a {type(classifier.network).__name__}; only a TutorialCNN can be converted")
     return classifier

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from mnist_lit.storage import runs
 log = logging.getLogger("mnist_lit.evaluate")
 
 
-def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
+def evaluate(
+    folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer: dict[str, Any], trust: Iterable[str] = ()
+) -> dict[str, Any]:
     """Test a trained model; the arguments after ``folder`` are the keys of ``conf/evaluate.yaml`` as plain values.
 
     Args:
         folder: Where ``metrics.json`` and ``report.html`` go.
         ckpt: A checkpoint, a run's folder, or ``latest``.
+
+        trust: Packages whose networks the checkpoint may name, besides this project's.
 
     Returns:
         What ``metrics.json`` holds.
@@ -41,7 +46,7 @@ def evaluate(folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer
         from mnist_lit.reports.scores import PredictionCollector, scores
         from mnist_lit.training import harness
 
-    classifier = load_classifier(path)
+    classifier = load_classifier(path, trust)
     datamodule, predictions = instantiate("data", data, L.LightningDataModule), PredictionCollector()
     lightning_trainer = harness.build_trainer(folder, trainer, None, [predictions], datamodule)
     harness.prepare_data(lightning_trainer, datamodule, trainer, stages=["test"])

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,11 @@ BATCH_SIZES = (1, 7)  # compared in addition to batches of 500, since the batch 
 
 
 def export(
-    output: str | Path, ckpt: str | Path = "latest", data: dict[str, Any] | None = None, overwrite: bool = False
+    output: str | Path,
+    ckpt: str | Path = "latest",
+    data: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    trust: Iterable[str] = (),
 ) -> dict[str, str]:
     """Export a trained model and verify the file against it on all test images.
 
@@ -34,6 +38,7 @@ def export(
             float32 [N, 1, 28, 28] from 0 to 1, and the output ``probabilities``, float32 [N, 10], for any N. ``.pt2``:
             the same as a torch.export program. ``.safetensors``: the weights of the network.
         data: Arguments of ``MNISTDataModule``.
+        trust: Packages whose networks the checkpoint may name, besides this project's.
 
     Returns:
         The metadata in the file: ``version``, ``network``, ``trained_on``, ``tested_on`` and ``test_accuracy``.
@@ -54,7 +59,7 @@ def export(
         from mnist_lit.inference.trained import load
         from mnist_lit.storage.provenance import why_not_to_test
 
-    model = load(latest.resolve(ckpt))
+    model = load(latest.resolve(ckpt), trust)
     with loading("torchvision and Lightning"):
         from mnist_lit.data import MNISTDataModule, scale
 

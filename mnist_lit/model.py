@@ -1,16 +1,23 @@
 """``MNISTClassifier``: a LightningModule with the network, loss, metrics and optimizer."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from mnist_lit import UserError
-from mnist_lit.build import build
+from mnist_lit.build import build, require_fitting_weights
 from mnist_lit.metrics import StageMetrics
-from mnist_lit.storage.checkpoint_file import require_same_shapes, with_current_names
+from mnist_lit.storage.checkpoint_file import (
+    hyper_parameters,
+    network_weights,
+    read_checkpoint,
+    require_same_shapes,
+    with_current_names,
+)
 from mnist_lit.storage.provenance import UNKNOWN_DATA, trained_on, why_not_to_test
 
 TUTORIAL_MODEL = {"_target_": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "cpu_kernel": True}
@@ -41,6 +48,30 @@ class MNISTClassifier(L.LightningModule):
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
         self.configure_optimizers()  # fail early on invalid arguments
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", trust: Iterable[str] = (), **sections: Any
+    ) -> Self:
+        """Load a checkpoint like Lightning, but without letting the file decide which code is imported.
+
+        Args:
+            map_location: The device to move the classifier to.
+            trust: Packages whose networks and optimizers the checkpoint may name; those of this project and of PyTorch's
+                ``optim`` need no trust.
+            sections: ``model`` or ``optimizer``, to replace that of the checkpoint.
+
+        Raises:
+            UserError: The file is missing, damaged or not from this project, it names a class of another package, or
+                its weights do not fit the network.
+        """
+        checkpoint = read_checkpoint(Path(checkpoint_path))
+        sections = hyper_parameters(checkpoint, Path(checkpoint_path), trust, **sections)
+        require_fitting_weights(with_current_names(sections["model"]), network_weights(checkpoint))
+        classifier = cls(**sections)
+        classifier.on_load_checkpoint(checkpoint)
+        classifier.load_state_dict(checkpoint["state_dict"])
+        return classifier.to(map_location)
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities [N, 10] of images [N, 1, 28, 28] in [0, 1]."""

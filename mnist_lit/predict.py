@@ -39,6 +39,7 @@ def predict(
     preprocess: str = "mnist",
     contact_sheet: str | Path | None = None,
     overwrite: bool = False,
+    trust: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """Predict the digit in each image; the arguments are the keys of ``conf/predict.yaml``.
 
@@ -68,7 +69,7 @@ def predict(
 
             from mnist_lit.inference.trained import load
 
-        model = load(latest.resolve(ckpt))
+        model = load(latest.resolve(ckpt), trust)
         for batch in batches:
             pixels = [each for _, each, _ in batch if each is not None]
             probabilities: Iterator[list[float]] = iter(())

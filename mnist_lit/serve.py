@@ -3,6 +3,7 @@
 import socket
 import sys
 import webbrowser
+from collections.abc import Iterable
 from pathlib import Path
 
 from mnist_lit import UserError, require_packages
@@ -14,7 +15,11 @@ MAX_CONNECTIONS = 500  # open at the same time; the usual limit of open files pe
 
 
 def serve(
-    ckpt: str | Path = "latest", port: int = 8000, allow_remote: bool = False, open_browser: bool = False
+    ckpt: str | Path = "latest",
+    port: int = 8000,
+    allow_remote: bool = False,
+    open_browser: bool = False,
+    trust: Iterable[str] = (),
 ) -> None:
     """Serve a trained model until interrupted by a signal; the arguments are the keys of ``conf/serve.yaml``.
 
@@ -37,7 +42,7 @@ def serve(
             from mnist_lit.inference.web import application
 
         torch.set_num_threads(1)  # predictions run in parallel, one per core
-        model = load(latest.resolve(ckpt))
+        model = load(latest.resolve(ckpt), trust)
         address = f"http://{LOOPBACK[0]}:{listener.getsockname()[1]}"
 
         class Server(uvicorn.Server):

@@ -134,8 +134,8 @@ def test_08_what_is_no_checkpoint_gets_one_line(tmp_path: Path) -> None:
         "empty": "is empty",
         "text": "is not a checkpoint",
         "zip": "is not a checkpoint",
-        "list": "has no state_dict",
-        "weights": "hyper_parameters lack the model or the optimizer",
+        "list": "not a checkpoint of this project: it must be a valid dictionary",
+        "weights": "has no hyper_parameters",
     }.items():
         with pytest.raises(UserError, match=reason) as refused:
             load_classifier(tmp_path / name)

@@ -45,7 +45,13 @@ def settings(verb: str, *overrides: str) -> dict[str, Any]:
     files = ConfigFiles(verb)
     with files.errors_as_user_errors(overrides):
         values = checked_values(verb, files.compose([quoted(override) for override in overrides]))
-    return {key: value for key, value in values.items() if key != "debug"}  # the command line's
+    return arguments(verb, values)
+
+
+def arguments(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without those that only the command line reads."""
+    others = {"debug", "trust"} if verb in ("train", "tune") else {"debug"}
+    return {key: value for key, value in values.items() if key not in others}
 
 
 def checked_values(verb: str, config: Any) -> dict[str, Any]:

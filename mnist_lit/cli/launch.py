@@ -21,6 +21,7 @@ from mnist_lit.cli.config import (
     CONF,
     ConfigFiles,
     absolute_paths,
+    arguments,
     checked_values,
     flatten,
     key_of,
@@ -28,6 +29,7 @@ from mnist_lit.cli.config import (
     quoted,
 )
 from mnist_lit.storage import runs
+from mnist_lit.storage.trust import require_trusted, targets
 
 composed: Any = None  # the configuration, with Hydra's part, if another process has composed and checked it
 current: Any = None  # the ``VerbRun``, or the sweep, of this process, for ``callbacks.Prepare``
@@ -161,15 +163,16 @@ class VerbRun:
             values = self.continued or checked_values(self.verb, config)
             if of_hydra.job.chdir:
                 values = absolute_paths(values, of_hydra.runtime.cwd)
-            values.pop("debug", None)
+            values = arguments(self.verb, values)
             show_tracebacks_as_asked()
-            arguments = {"folder": folder, **values} if self.run_folder else values
+            if self.run_folder:
+                values = {"folder": folder, **values}
             try:
-                inspect.signature(self.work).bind(**arguments)
+                inspect.signature(self.work).bind(**values)
             except TypeError as error:
                 raise UserError(f"the configuration does not fit: {error} (--help shows the keys)") from error
             with ranks.loss_as_user_error(lambda: runs.resume_hint(folder)):
-                self.work(**arguments)
+                self.work(**values)
         except UserError as error:
             if self.run_folder and ranks.is_first():
                 _remove_traces(folder, self.verb)
@@ -199,13 +202,17 @@ class VerbRun:
     def _continued(self, config: Any, start: str) -> dict[str, Any]:
         """The configuration of the resumed run, with the overrides that are allowed."""
         from mnist_lit.cli import resume
+        from mnist_lit.cli.schema import check
 
         asked = checked_values(self.verb, config)
         # Typed means named by an override, or set by a chosen group. Only here does Hydra compose a second time.
         unchanged, new = flatten(plain_values(self.files.compose([]))), flatten(asked)
         named = {key_of(override) for override in config.hydra.overrides.task}
         typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
-        continued = resume.continued(resume.find(start), asked, typed)
+        run = resume.find(start)
+        continued = resume.continued(run, asked, typed)
+        require_trusted(continued, run.folder / "config.yaml", asked["trust"], chosen=targets(asked))
+        check(self.verb, continued)
         _refuse_what_is_missing(continued["trainer"])
         return continued
 

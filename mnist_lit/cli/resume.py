@@ -16,11 +16,13 @@ from mnist_lit.storage.checkpoint_file import corruption, with_current_names
 # Keys that may change without changing the run: where the data are (their checksum is compared), what is shown and
 # recorded, and the hardware, although another device or number of threads changes the last bits.
 MAY_CHANGE = (
-    *("resume", "data.dir", "data.source", "logger", "checkpoint", "model.cpu_kernel"),
+    *("resume", "trust", "data.dir", "data.source", "logger", "checkpoint", "model.cpu_kernel"),
     *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
     *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
 )
 
+SECTIONS = ("data", "model", "optimizer", "trainer")  # what a run's ``config.yaml`` has at least
+MAX_BYTES = 2**20  # of a ``config.yaml``
 
 # The classes of runs whose ``config.yaml`` does not name them, which is an older one.
 TARGETS = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Trainer"}
@@ -63,9 +65,7 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
     folder = path if path.is_dir() else path.parent.parent
     if not (folder / "config.yaml").is_file():
         raise UserError(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    config |= {section: with_current_names(config[section]) for section in ("model", "optimizer")}
-    config |= {section: {"_target_": target, **config[section]} for section, target in TARGETS.items()}
+    config = _read(folder / "config.yaml")
     if path.is_file():
         if path.name == Path(runs.BEST).name:  # it is from within a validation, where Lightning cannot go on exactly
             raise UserError(f"resume={wanted}: best.ckpt cannot be resumed, only tested: resume={folder}")
@@ -76,6 +76,28 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
     if there and (reason := corruption(there[0])):
         raise UserError(f"resume={wanted}: {reason}{runs.suggest_intact(folder, there[0], 'resume')}")
     return Run(folder, there[0] if there else folder, config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a run's ``config.yaml``, with today's keys.
+
+    Raises:
+        UserError: It is not the configuration of a run.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has aliases")  # a few of which stand for any number of values
+        config: dict[str, Any] = yaml.safe_load(text)
+        if not (isinstance(config, dict) and all(isinstance(config.get(each), dict) for each in SECTIONS)):
+            raise ValueError(f"it lacks one of the sections {', '.join(SECTIONS)}")
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not the configuration of a run ({reason})") from error
+    config |= {section: with_current_names(config[section]) for section in ("model", "optimizer")}
+    return config | {section: {"_target_": target, **config[section]} for section, target in TARGETS.items()}
 
 
 def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Checkpoint(TypedDict, total=False):
 
 class Verb(TypedDict, total=False):
     debug: Switch
+    trust: Text | list[Text]
 
 
 @forbids_more

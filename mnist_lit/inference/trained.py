@@ -1,14 +1,21 @@
 """Load a trained network from a checkpoint or a run folder, without Lightning."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from mnist_lit import UserError
-from mnist_lit.build import build
+from mnist_lit.build import build, require_fitting_weights
 from mnist_lit.storage import runs
-from mnist_lit.storage.checkpoint_file import corruption, hyper_parameters, read_checkpoint, require_same_shapes
+from mnist_lit.storage.checkpoint_file import (
+    corruption,
+    hyper_parameters,
+    network_weights,
+    read_checkpoint,
+    require_same_shapes,
+)
 from mnist_lit.storage.provenance import trained_on
 
 if TYPE_CHECKING:
@@ -37,36 +44,32 @@ class TrainedModel(nn.Module):
         return self.network(images).softmax(dim=1)
 
 
-def load(ckpt: str | Path) -> TrainedModel:
+def load(ckpt: str | Path, trust: Iterable[str] = ()) -> TrainedModel:
     """Load the model that ``ckpt`` refers to (see ``find``), without executing anything stored in the file.
 
+    Args:
+        trust: Packages whose networks the checkpoint may name; those of this project need no trust.
+
     Raises:
-        UserError: There is no such checkpoint, it is damaged or not from this project, or its weights do not fit the
-            network.
+        UserError: There is no such checkpoint, it is damaged or not from this project, it names a network of another
+            package, or its weights do not fit the network.
     """
     path = find(ckpt)
     checkpoint = read_checkpoint(path)
-    description = hyper_parameters(checkpoint, path)["model"]
+    description = hyper_parameters(checkpoint, path, trust)["model"]
+    weights = network_weights(checkpoint)
+    require_fitting_weights(description, weights)
     network = build("model", description, nn.Module)
-    weights = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("network.")}
     require_same_shapes({f"network.{key}": value for key, value in network.state_dict().items()}, weights)
     network.load_state_dict({key.removeprefix("network."): value for key, value in weights.items()})
     return TrainedModel(network, path, description, trained_on(checkpoint))
 
 
-def load_classifier(path: Path) -> "MNISTClassifier":
-    """Load a checkpoint as an ``MNISTClassifier``, for Lightning's Trainer to test or train further.
-
-    Raises:
-        UserError: As ``load``.
-    """
+def load_classifier(path: str | Path, trust: Iterable[str] = ()) -> "MNISTClassifier":
+    """``MNISTClassifier.load_from_checkpoint``, for code that should not import Lightning earlier."""
     from mnist_lit.model import MNISTClassifier
 
-    checkpoint = read_checkpoint(path)
-    classifier = MNISTClassifier(**hyper_parameters(checkpoint, path))
-    classifier.on_load_checkpoint(checkpoint)
-    classifier.load_state_dict(checkpoint["state_dict"])
-    return classifier
+    return MNISTClassifier.load_from_checkpoint(path, trust=trust)
 
 
 def find(ckpt: str | Path) -> Path:

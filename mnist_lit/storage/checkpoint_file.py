@@ -1,23 +1,41 @@
 """Safe reading of checkpoint files: no code in them is executed, and damaged ones are refused."""
 
-import pickle
+import pickletools
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mnist_lit import UserError
+from mnist_lit.storage.trust import require_trusted, targets
+
+# Bounds of what is read. PyTorch does not compress, so a checkpoint takes no more memory than its file.
+MAX_BYTES = 4 * 2**30
+MAX_PICKLE = 4 * 2**20  # of everything but the tensors' values; a run of the tutorial has 5 kB
+MAX_ENTRIES = 10_000  # one for each tensor; a run of the tutorial has 36
 
 # What zipfile raises for a malformed archive, besides BadZipFile.
 BROKEN = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 
+# The instructions of a pickle that refer to a callable; PyTorch writes the first one only.
+CALLABLES = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
+# The callables that a checkpoint may contain. Others of those that PyTorch allows, such as bytearray and legacy tensor
+# types, can take any amount of memory.
+SAFE = re.compile(
+    r"collections (OrderedDict|Counter)|builtins set|torch ((?!Untyped|Typed)\w+Storage|Size|device|u?int\d+|b?float\d+|bool)"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter)"
+)
+
 
 def corruption(path: Path) -> str:
-    """Why ``path`` is not an intact checkpoint; empty if it is.
+    """Why ``path`` is not an intact checkpoint that is safe to load; empty if it is.
 
-    PyTorch's files are zip archives with a checksum for each tensor, which ``torch.load`` does not verify.
+    PyTorch's files are zip archives with a checksum for each tensor, which ``torch.load`` does not verify, and a pickle
+    that refers to them.
     """
     if path.is_dir():
         return f"{path} is a folder, not a checkpoint"
@@ -29,21 +47,48 @@ def corruption(path: Path) -> str:
         return f"{path} is empty, not a checkpoint"
     if start != b"PK\3\4":
         return f"{path} is not a checkpoint"
+    if (size := path.stat().st_size) > MAX_BYTES:
+        return f"{path} has {size / 2**30:.1f} GiB; checkpoints have at most {MAX_BYTES / 2**30:g}"
     try:
         with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
+            if reason := _oddity(archive.infolist(), size):
+                return f"{path} is not a checkpoint as PyTorch writes them ({reason})"
+            if wrong := archive.testzip():
+                return f"{path} is damaged (the checksum of {wrong} is wrong)"
+            record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            unsafe = _unsafe_callables(archive.read(record))
     except zipfile.BadZipFile as error:
         return f"{path} is damaged ({str(error).rstrip('.')})"
     except BROKEN as error:
         return f"{path} is damaged ({error or type(error).__name__})"
-    return f"{path} is damaged (the checksum of {wrong} is wrong)" if wrong else ""
+    reason = (
+        f"holds more than tensors and plain values ({unsafe}); loading it could execute code, so nothing was loaded"
+    )
+    return f"{path} {reason}" if unsafe else ""
+
+
+def _oddity(entries: list[zipfile.ZipInfo], size: int) -> str:
+    """What none of PyTorch's archives has; empty if there is nothing. Each could make a small file a large object."""
+    names = [entry.filename.casefold() for entry in entries]  # PyTorch ignores the case, too
+    if len(entries) > MAX_ENTRIES:
+        return f"{len(entries):,} entries"
+    if len(set(names)) < len(names):
+        return "two entries of one name"
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        return "compressed entries"
+    if sum(entry.file_size for entry in entries) > size:
+        return "overlapping entries"
+    pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+    if pickles and pickles[0].file_size > MAX_PICKLE:
+        return f"a data.pkl of {pickles[0].file_size:,} bytes"
+    return "" if len(pickles) == 1 else "no data.pkl, or several"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint with its tensors on the CPU.
+    """Load a checkpoint with its tensors on the CPU, and validate its structure.
 
     Raises:
-        UserError: It is missing, damaged, not a Lightning checkpoint, or holds more than tensors and plain values.
+        UserError: It is missing, damaged, not a checkpoint of this project, or holds more than tensors and plain values.
     """
     import torch
 
@@ -51,31 +96,117 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(reason)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors and plain values; loading it could execute code, so nothing was loaded"
-        ) from error
-    except (RuntimeError, KeyError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a checkpoint ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{path} is not a checkpoint of this project: it has no state_dict")
-    if "_instantiator" in content.get("hyper_parameters", {}):  # a function for Lightning to call
-        raise UserError(f"{path} names a function to call on loading (_instantiator): refused, nothing was called")
-    return content
+    except Exception as error:  # the pickle of an intact archive can be anything
+        raise UserError(f"{path} is not a checkpoint ({_in_short(error)})") from error
+    _validate(content, path)
+    return dict(content)
 
 
-def hyper_parameters(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _unsafe_callables(content: bytes) -> str:
+    """The names in a pickle that are not ``SAFE``, or that cannot be told; empty if there are none."""
+    named = [str(value or code.name) for code, value, _ in pickletools.genops(content) if code.name in CALLABLES]
+    return ", ".join(dict.fromkeys(name.replace(" ", ".") for name in named if not SAFE.fullmatch(name)))[:200]
+
+
+def _validate(content: Any, path: Path) -> None:
+    """
+    Raises:
+        UserError: ``content`` lacks a part that other code relies on, or one is of another type.
+    """
+    from pydantic import ValidationError
+
+    if isinstance(content, dict) and isinstance(of_model := content.get("hyper_parameters"), dict):
+        if "_instantiator" in of_model:  # a function for Lightning to call
+            raise UserError(f"{path} names a function to call on loading (_instantiator): refused, nothing was called")
+        for section in ("model", "optimizer"):
+            if isinstance(of_model.get(section), Mapping):
+                of_model[section] = with_current_names(of_model[section])
+    try:
+        _structure().validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = _in_short(".".join(str(part) for part in first["loc"] if part != "[key]"))
+        if first["type"] == "missing":
+            raise UserError(f"{path} is not a checkpoint of this project: it has no {key}") from error
+        reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        raise UserError(f"{path} is not a checkpoint of this project: {key or 'it'} {reason}") from error
+    for name, tensor in content["state_dict"].items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} has NaN or infinite values in {_in_short(name)}: it cannot be used")
+
+
+@cache
+def _structure() -> Any:
+    """The parts of a checkpoint that this project relies on, and Lightning's parts where they are there."""
+    from typing import Annotated, NotRequired
+
+    import torch
+    from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
+    from typing_extensions import TypedDict
+
+    def check_tensor(value: Any) -> Any:
+        """A dense tensor whose values are all in the file: stride 0 makes a large one out of a single number."""
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+            raise ValueError("must be a dense tensor")
+        if value.device.type != "cpu" or value.is_quantized or value.is_complex():
+            raise ValueError(f"must be a tensor of real numbers, not {value.dtype} on {value.device}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"must hold all its {value.numel():,} values")
+        return value
+
+    carries_along = with_config(ConfigDict(extra="allow", strict=True))
+    section = dict[str, Any]
+
+    @carries_along
+    class HyperParameters(TypedDict):
+        model: section
+        optimizer: section
+
+    @carries_along
+    class Data(TypedDict):
+        name: str
+
+    @carries_along
+    class Machine(TypedDict):
+        versions: dict[str, str]
+        processes: int
+
+    @carries_along
+    class Checkpoint(TypedDict):
+        state_dict: dict[str, Annotated[Any, AfterValidator(check_tensor)]]
+        hyper_parameters: HyperParameters
+        data: NotRequired[list[Data]]
+        machine: NotRequired[Machine]
+        epoch: NotRequired[Annotated[int, Field(ge=0)]]
+        global_step: NotRequired[Annotated[int, Field(ge=0)]]
+        loops: NotRequired[section]
+        callbacks: NotRequired[section]
+        optimizer_states: NotRequired[list[section]]
+        lr_schedulers: NotRequired[list[section]]
+
+    return TypeAdapter(Checkpoint)
+
+
+def hyper_parameters(
+    checkpoint: Mapping[str, Any], path: Path, trust: Iterable[str] = (), **chosen: Any
+) -> dict[str, Any]:
     """The ``model`` and ``optimizer`` sections of the configuration that a checkpoint was trained with.
 
+    Args:
+        trust: Packages whose classes it may name, besides this project's.
+        chosen: Sections of the caller's own that replace those of the checkpoint.
+
     Raises:
-        UserError: The checkpoint lacks them.
+        UserError: It names a class of another package.
     """
-    arguments: dict[str, Any] = checkpoint.get("hyper_parameters", {})
-    if not arguments.keys() >= {"model", "optimizer"}:
-        raise UserError(
-            f"{path} is not a checkpoint of this project: its hyper_parameters lack the model or the optimizer"
-        )
-    return {section: with_current_names(arguments[section]) for section in ("model", "optimizer")}
+    sections = {section: checkpoint["hyper_parameters"][section] for section in ("model", "optimizer")} | chosen
+    require_trusted(sections, path, trust, chosen=targets(chosen))
+    return sections
+
+
+def network_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint that belong to the network, not to the rest of the ``MNISTClassifier``."""
+    return {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("network.")}
 
 
 def with_current_names(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +222,7 @@ def with_current_names(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_shapes(own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Compare the tensors ``found`` in a checkpoint with the network's ``own``, by name and shape.
+    """Compare the tensors ``found`` in a checkpoint with the network's ``own``, by name, shape and kind.
 
     Raises:
         UserError: They differ; the message lists every difference.
@@ -103,5 +234,17 @@ def require_same_shapes(own: Mapping[str, Any], found: Mapping[str, Any]) -> Non
         for key, value in found.items()
         if key in own and value.shape != own[key].shape
     ]
+    differences += [
+        f"{key} {value.dtype} instead of {own[key].dtype}"
+        for key, value in found.items()
+        if key in own and value.is_floating_point() != own[key].is_floating_point()
+    ]
     if differences:
-        raise UserError(f"the checkpoint does not fit this architecture: {', '.join(differences)}")
+        others = f" and {len(differences) - 12} more" if len(differences) > 12 else ""
+        listed = ", ".join(map(_in_short, differences[:12]))
+        raise UserError(f"the checkpoint does not fit this architecture: {listed}{others}")
+
+
+def _in_short(text: object) -> str:
+    """Text from a file, for a message: on one line and not too long."""
+    return " ".join(str(text).split())[:200]

@@ -136,7 +136,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _config_text(config: dict[str, Any], data_facts: dict[str, Any]) -> str:
-    return f"{_head(data_facts)}\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}"
+    return f"{_head(data_facts)}\n{yaml.dump(config, Dumper=_WithoutAliases, sort_keys=False, allow_unicode=True)}"
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _head(data_facts: dict[str, Any]) -> str:
