@@ -64,12 +64,7 @@ def instantiate(section: str, config: Mapping[str, Any], kind: type[T], **defaul
 
     cls = find_class(section, config, kind)
     own = hydra.utils.instantiate(_arguments(config), _convert_="all")
-    built = call(section, cls, **{**accepted(cls, defaults), **own})
-    if _is_of_library(cls):  # some find out late
-        key, reason = wrong_type(cls, own)
-        if key:
-            raise UserError(f"{section}.{key}={own[key]}: {reason}")
-    return built
+    return call(section, cls, **{**accepted(cls, defaults), **own})
 
 
 def find_class(section: str, config: Mapping[str, Any], kind: type[T]) -> type[T]:
@@ -96,17 +91,20 @@ def call(section: str, cls: Callable[..., T], *arguments: Any, **named: Any) -> 
         inspect.signature(cls).bind(*arguments, **named)
     except TypeError as error:
         raise UserError(f"{section}: {error} (the keys of {section} are the arguments of {cls.__name__})") from error
-    try:
+    if not _is_of_library(cls):
         return cls(*arguments, **named)
+    key, reason = wrong_type(cls, named)
+    try:
+        built = cls(*arguments, **named)
     except UserError:
         raise
     except Exception as error:
-        if not _is_of_library(cls):
-            raise
-        key, reason = wrong_type(cls, named)
         if not isinstance(error, TypeError) or not key:
             reason = " ".join(str(error).split())
         raise UserError(f"{section}.{key}={named[key]}: {reason}" if key else f"{section}: {reason}") from error
+    if key:  # some find out late
+        raise UserError(f"{section}.{key}={named[key]}: {reason}")
+    return built
 
 
 def wrong_type(cls: Callable[..., Any], named: Mapping[str, Any]) -> tuple[str, str]:

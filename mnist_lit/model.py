@@ -1,5 +1,6 @@
 """``MNISTClassifier``: a LightningModule with the network, loss, metrics and optimizer."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,13 @@ from mnist_lit.storage.provenance import UNKNOWN_DATA, trained_on, why_not_to_te
 TUTORIAL_MODEL = {"_target_": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "cpu_kernel": True}
 TUTORIAL_OPTIMIZER = {"_target_": "torch.optim.Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
 
+LIGHTNING_KEYS = (
+    "interval",
+    "frequency",
+    "monitor",
+)  # of the section ``scheduler``; the others are its class' arguments
+LENGTHS = ("T_max", "total_steps", "total_iters")  # arguments of schedulers for which None means the whole run
+
 
 class MNISTClassifier(L.LightningModule):
     """Trains and evaluates a network that maps images [N, 1, 28, 28] to logits [N, 10]; calling it gives probabilities.
@@ -30,7 +38,9 @@ class MNISTClassifier(L.LightningModule):
     Args:
         model: The network's class as a dotted path (``_target_``) and its keyword arguments.
         optimizer: Likewise for the optimizer.
-        Both default to the tutorial's and are saved in checkpoints as plain values.
+        scheduler: Likewise for the schedule of the learning rate, or None; with ``interval``, ``frequency`` and
+            ``monitor`` for Lightning.
+        The first two default to the tutorial's. All are saved in checkpoints as plain values.
 
     Attributes:
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.
@@ -39,7 +49,12 @@ class MNISTClassifier(L.LightningModule):
         UserError: A class does not exist or does not accept its arguments.
     """
 
-    def __init__(self, model: Mapping[str, Any] | None = None, optimizer: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Mapping[str, Any] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+        scheduler: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         model = with_current_names(TUTORIAL_MODEL if model is None else model)
         optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
@@ -47,7 +62,7 @@ class MNISTClassifier(L.LightningModule):
         self.network = build("model", model, nn.Module)
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
-        self.configure_optimizers()  # fail early on invalid arguments
+        self._optimizer_and_scheduler(steps=1000)  # fail early on invalid arguments
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -59,7 +74,7 @@ class MNISTClassifier(L.LightningModule):
             map_location: The device to move the classifier to.
             trust: Packages whose networks and optimizers the checkpoint may name; those of this project and of PyTorch's
                 ``optim`` need no trust.
-            sections: ``model`` or ``optimizer``, to replace that of the checkpoint.
+            sections: ``model``, ``optimizer`` or ``scheduler``, to replace that of the checkpoint.
 
         Raises:
             UserError: The file is missing, damaged or not from this project, it names a class of another package, or
@@ -77,8 +92,31 @@ class MNISTClassifier(L.LightningModule):
         """Probabilities [N, 10] of images [N, 1, 28, 28] in [0, 1]."""
         return self.network(images).softmax(dim=1)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build("optimizer", self.hparams["optimizer"], torch.optim.Optimizer, self.parameters())
+    def configure_optimizers(self) -> Any:
+        scheduler = self.hparams["scheduler"]
+        if not scheduler:
+            return self._optimizer_and_scheduler()[0]
+        by_step = scheduler.get("interval", "epoch") == "step"
+        steps = self.trainer.estimated_stepping_batches if by_step else self.trainer.max_epochs
+        optimizer, built = self._optimizer_and_scheduler(steps)
+        of_lightning = {key: scheduler[key] for key in LIGHTNING_KEYS if key in scheduler}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": built, **of_lightning}}
+
+    def _optimizer_and_scheduler(self, steps: float | None = None) -> tuple[torch.optim.Optimizer, Any]:
+        """
+        Args:
+            steps: The length of the run in steps of the scheduler, for arguments that leave it open.
+        """
+        optimizer = build("optimizer", self.hparams["optimizer"], torch.optim.Optimizer, self.parameters())
+        if not (scheduler := self.hparams["scheduler"]):
+            return optimizer, None
+        arguments = {key: value for key, value in scheduler.items() if key not in LIGHTNING_KEYS}
+        for key in LENGTHS:
+            if key in arguments and arguments[key] is None:
+                if steps is None or not 0 < steps < math.inf:
+                    raise UserError(f"scheduler.{key}=null: this run has no end, so its length must be given here")
+                arguments[key] = int(steps)
+        return optimizer, build("scheduler", arguments, torch.optim.lr_scheduler.LRScheduler, optimizer)
 
     def setup(self, stage: str) -> None:
         if self.trainer.strategy.root_device.type not in ("cpu", "cuda"):

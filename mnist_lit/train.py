@@ -20,6 +20,8 @@ def train(
     optimizer: dict[str, Any],
     trainer: dict[str, Any],
     checkpoint: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
+    callbacks: dict[str, Any] | None = None,
     logger: dict[str, dict[str, Any]] | None = None,
     resume: str | Path | None = None,
     **sections: Any,
@@ -56,24 +58,27 @@ def train(
 
     harness.keep_freed_memory()
     L.seed_everything(seed, verbose=False)
-    classifier = MNISTClassifier(model, optimizer)
+    classifier = MNISTClassifier(model, optimizer, scheduler)
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
     checkpoints = harness.checkpoints(folder, checkpoint or {}, trainer)
     recorder, predictions = RunRecorder(folder), PredictionCollector()
-    callbacks = [SeedEachBatch(seed), StopOnNaN(), recorder, checkpoints, predictions]
-    lightning_trainer = harness.build_trainer(folder, trainer, logger, callbacks, datamodule, resumed=bool(resume))
+    own = [SeedEachBatch(seed), StopOnNaN(), recorder, checkpoints, predictions, *harness.build_callbacks(callbacks)]
+    lightning_trainer = harness.build_trainer(folder, trainer, logger, own, datamodule, resumed=bool(resume))
     harness.prepare_data(lightning_trainer, datamodule, trainer)
+    harness.require_validation(lightning_trainer, scheduler, datamodule)
 
     config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "trainer": trainer}
-    config |= {"checkpoint": checkpoint or {}, "logger": logger, **sections}
+    config |= {"scheduler": scheduler, "callbacks": callbacks, "checkpoint": checkpoint or {}, "logger": logger}
+    config |= sections
     is_first = lightning_trainer.is_global_zero
     with runs.locked(folder) if is_first else nullcontext():
         if is_first:
             (runs.reopen if resume else runs.create)(folder, config, datamodule.facts)
         harness.log_header(lightning_trainer, classifier, datamodule, config, resume)
-        with harness.log_above_progress_bar(lightning_trainer):
+        with harness.log_above_progress_bar(lightning_trainer), harness.misconfiguration_as_user_error():
             start = resume if resume and Path(resume).is_file() else None
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
+        harness.log_why_stopped(lightning_trainer)
         (test,) = lightning_trainer.test(classifier, datamodule, ckpt_path=checkpoints.best_path, verbose=False)
         results = {**test, **training_results(recorder, checkpoints.best_path), "seed": seed}
         results |= {"max_epochs": trainer.get("max_epochs"), **harness.conditions(lightning_trainer, datamodule)}

@@ -21,6 +21,8 @@ MAY_CHANGE = (
     *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
 )
 
+# Arguments of schedulers for which null means the whole run.
+SCHEDULED_OVER_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
 SECTIONS = ("data", "model", "optimizer", "trainer")  # what a run's ``config.yaml`` has at least
 MAX_BYTES = 2**20  # of a ``config.yaml``
 
@@ -121,6 +123,8 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
         before, after = (math.inf if each.get(epochs) in (-1, None) else each[epochs] for each in (own, new))
         if isinstance(after, int) and after < before:  # Lightning refuses what is no number
             raise UserError(f"{run.folder} has max_epochs={own.get(epochs)}: it can only be increased")
+        if open_length := next((key for key in SCHEDULED_OVER_THE_RUN if own.get(key, "") is None), None):
+            raise UserError(f"{run.folder} has {open_length}=null: its schedule ends with the run, which stays as long")
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
     for key in different:
         section, _, name = key.partition(".")

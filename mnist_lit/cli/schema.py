@@ -58,6 +58,8 @@ class Train(Verb, total=False):
     optimizer: dict[str, Any]
     trainer: dict[str, Any]
     checkpoint: Checkpoint
+    scheduler: dict[str, Any] | None
+    callbacks: dict[str, Any] | None
     logger: dict[str, Any] | None
     resume: Text | None
 

@@ -161,6 +161,7 @@ def _structure() -> Any:
     class HyperParameters(TypedDict):
         model: section
         optimizer: section
+        scheduler: NotRequired[section | None]
 
     @carries_along
     class Data(TypedDict):
@@ -190,7 +191,7 @@ def _structure() -> Any:
 def hyper_parameters(
     checkpoint: Mapping[str, Any], path: Path, trust: Iterable[str] = (), **chosen: Any
 ) -> dict[str, Any]:
-    """The ``model`` and ``optimizer`` sections of the configuration that a checkpoint was trained with.
+    """The sections of the configuration that a checkpoint was trained with: ``model``, ``optimizer`` and ``scheduler``.
 
     Args:
         trust: Packages whose classes it may name, besides this project's.
@@ -199,7 +200,8 @@ def hyper_parameters(
     Raises:
         UserError: It names a class of another package.
     """
-    sections = {section: checkpoint["hyper_parameters"][section] for section in ("model", "optimizer")} | chosen
+    found = checkpoint["hyper_parameters"]
+    sections = {section: found.get(section) for section in ("model", "optimizer", "scheduler")} | chosen
     require_trusted(sections, path, trust, chosen=targets(chosen))
     return sections
 

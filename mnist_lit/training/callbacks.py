@@ -1,9 +1,10 @@
-"""Small callbacks of a training run: seeding for exact resume, and a stop at a loss that is not finite."""
+"""Small callbacks of a training run: seeding for exact resume, a stop at a loss that is not finite, throughput."""
 
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ThroughputMonitor
 
 from mnist_lit import UserError
 from mnist_lit.batches import number_from
@@ -58,3 +59,10 @@ class StopOnNaN(L.Callback):
             f"the loss is not finite at step {step} ({epoch_name(trainer)}), with optimizer.lr={rate:g}: training "
             "stopped; earlier checkpoints are unchanged"
         )
+
+
+class Throughput(ThroughputMonitor):
+    """Lightning's ``ThroughputMonitor`` for batches of images and labels; its arguments are those of ``Throughput``."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(batch_size_fn=lambda batch: len(batch[0]), **arguments)

@@ -1,5 +1,6 @@
 """Checkpointing: atomic writes, exact resume points, and a clean stop on SIGINT and SIGTERM."""
 
+import copy
 import io
 import logging
 import os
@@ -79,6 +80,7 @@ class Checkpoints(Checkpoint):
         self.best: dict[str, Any] = {}
         self._stopped_early = False  # by a callback, before max_epochs or max_steps
         self._signal: int | None = None  # the first signal received
+        self._epoch_ends = False  # whether the checkpoint that is being saved is that of the end of an epoch
         self._step_before = -1  # trainer.global_step at the start of the batch
 
     @property
@@ -121,7 +123,9 @@ class Checkpoints(Checkpoint):
         # With max_steps, Lightning cannot resume from the end of an epoch, only from within one.
         resumable = finished or trainer.max_steps == -1
         if finished or (resumable and (asked or epochs % self.every_n_epochs == 0)):
+            self._epoch_ends = True
             self._save_last(trainer)
+            self._epoch_ends = False
         if asked and resumable:
             self._stop(trainer)
 
@@ -157,6 +161,8 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["machine"] = _environment(trainer)
+        if self._epoch_ends:
+            _step_plateaus(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -191,6 +197,25 @@ class Checkpoints(Checkpoint):
         number = self._signal or signal.SIGTERM
         where = f"after step {trainer.global_step} ({epoch_name(trainer)})"
         raise Interrupted(number, f"stopped by {SIGNALS[number]} {where}{resume_hint(self.folder)}")
+
+
+def _step_plateaus(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Step the schedulers that monitor a metric, in the checkpoint of the end of an epoch.
+
+    Lightning steps them after the last hook in which a checkpoint can be saved, and not when the run is resumed.
+    """
+    for number, each in enumerate(trainer.lr_scheduler_configs):
+        due = each.interval == "epoch" and (trainer.current_epoch + 1) % each.frequency == 0
+        if not (each.reduce_on_plateau and due and each.monitor in trainer.callback_metrics):
+            continue
+        groups = each.scheduler.optimizer.param_groups
+        before, rates = copy.deepcopy(each.scheduler.state_dict()), [group["lr"] for group in groups]
+        scheduler: Any = each.scheduler
+        scheduler.step(trainer.callback_metrics[each.monitor])
+        checkpoint["lr_schedulers"][number] = copy.deepcopy(each.scheduler.state_dict())
+        for saved, group, rate in zip(checkpoint["optimizer_states"][0]["param_groups"], groups, rates, strict=True):
+            saved["lr"], group["lr"] = group["lr"], rate
+        each.scheduler.load_state_dict(before)
 
 
 def _is_end_of_epoch(trainer: L.Trainer) -> bool:

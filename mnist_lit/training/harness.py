@@ -5,8 +5,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import hydra.utils
 import lightning as L
 import torch
 from lightning.pytorch import loggers
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mnist_lit import UserError, compat
@@ -24,13 +26,17 @@ from mnist_lit.training.memory import keep_freed_memory, peak_memory_bytes
 from mnist_lit.training.progress import ProgressBar
 
 __all__ = [
+    "build_callbacks",
     "build_trainer",
     "checkpoints",
     "conditions",
     "keep_freed_memory",
     "log_above_progress_bar",
     "log_header",
+    "log_why_stopped",
+    "misconfiguration_as_user_error",
     "prepare_data",
+    "require_validation",
 ]
 
 log = logging.getLogger("mnist_lit.train")
@@ -68,13 +74,16 @@ def build_trainer(
         "enable_model_summary": False,  # ``log_header`` has it
         "enable_checkpointing": True,  # required by a callback that may write checkpoints
     }
+    callbacks = [TerminateOtherRanks(), *callbacks, *added["callbacks"]]
+    bars: list[L.Callback] = [each for each in callbacks if isinstance(each, AnyProgressBar)] or [ProgressBar()]
+    callbacks = [each for each in callbacks if each not in bars] + (bars if shows_bar else [])
     try:
         trainer = instantiate(
             "trainer",
             changed,
             L.Trainer,
             plugins=[AtomicCheckpointIO(), *added["plugins"]],
-            callbacks=[TerminateOtherRanks(), *callbacks, *added["callbacks"], *([ProgressBar()] if shows_bar else [])],
+            callbacks=callbacks,
             logger=[_logger(name, options, folder, resumed) for name, options in (logger or {}).items()],
             default_root_dir=folder,
             use_distributed_sampler=False,  # the loaders distribute each batch themselves
@@ -90,6 +99,11 @@ def build_trainer(
     if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
         raise UserError(f"trainer.devices={arguments['devices']}: this machine has only {cores} CPU cores")
     return trainer
+
+
+def build_callbacks(config: dict[str, Any] | None) -> list[L.Callback]:
+    """The callbacks of the section ``callbacks``, which has the class and arguments of each by name; null is none."""
+    return [_build_named("callbacks", name, options, L.Callback) for name, options in (config or {}).items() if options]
 
 
 def checkpoints(folder: Path, arguments: dict[str, Any], trainer: dict[str, Any]) -> Checkpoints:
@@ -144,6 +158,39 @@ def prepare_data(
             f"data.batch_size={data.batch_size}: each batch of the {count:,} training images, the last one too, must "
             f"divide equally among the {processes} processes"
         )
+
+
+def require_validation(trainer: L.Trainer, scheduler: dict[str, Any] | None, data: Any) -> None:
+    """
+    Raises:
+        UserError: A callback or the scheduler monitors validation, and there is no validation split.
+    """
+    monitored = {f"callbacks: {type(each).__name__}": getattr(each, "monitor", None) for each in _callbacks(trainer)}
+    monitored["scheduler"] = (scheduler or {}).get("monitor")
+    for name, metric in monitored.items():
+        if str(metric).startswith("val") and not data.facts["val"]:
+            raise UserError(f"{name} monitors {metric}, and there is no validation split: set data.val_size")
+
+
+def log_why_stopped(trainer: L.Trainer) -> None:
+    """Log the reason of each callback that has stopped the run early."""
+    for callback in _callbacks(trainer):
+        if reason := getattr(callback, "stopping_reason_message", None):
+            log.info("stopped early: %s", " ".join(reason.split()))
+
+
+def _callbacks(trainer: Any) -> list[Any]:
+    callbacks: list[Any] = trainer.callbacks  # public, but Lightning does not declare it
+    return callbacks
+
+
+@contextmanager
+def misconfiguration_as_user_error() -> Iterator[None]:
+    """In this block, what Lightning finds wrong with the configuration is a ``UserError``."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str, Any], resume: Any) -> None:
@@ -208,10 +255,16 @@ def _logger(name: str, options: dict[str, Any], folder: Path, resumed: bool) -> 
         parts = len(list(folder.glob(f"{place}*"))) + 1  # CSVLogger deletes what is in its folder
         options = {**options, "name": f"{place}_{parts}" if parts > 1 else place}
     others = {key: value for key, value in options.items() if key != "save_dir"}
+    place = str(folder / (options.get("save_dir") or ""))
+    return _build_named("logger", name, others, loggers.Logger, save_dir=place)
+
+
+def _build_named(group: str, name: str, options: dict[str, Any], kind: Any, **defaults: Any) -> Any:
+    """One of several objects of a group, each of which may need a package of its own."""
     try:
-        kind: Any = loggers.Logger
-        return instantiate(section, others, kind, save_dir=str(folder / (options.get("save_dir") or "")))
+        return instantiate(f"{group}.{name}", options, kind, **defaults)
     except UserError as error:
         if not isinstance(error.__cause__, ModuleNotFoundError):
             raise
-        raise UserError(f"logger={name} needs a package that is not installed: pip install {name}") from error
+        package = name.partition("_")[0]  # rich_progress needs rich
+        raise UserError(f"{group}={name} needs a package that is not installed: pip install {package}") from error

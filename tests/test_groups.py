@@ -1,0 +1,142 @@
+"""Every option of the groups ``scheduler``, ``callbacks`` and ``logger`` trains, and goes on exactly where it stopped."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import ROOT, assert_same, final, small
+
+from mnist_lit import UserError
+from mnist_lit.cli.config import settings
+from mnist_lit.cli.resume import Run, continued, find
+from mnist_lit.storage import runs
+from mnist_lit.train import train
+
+CALLBACKS = sorted(path.stem for path in (ROOT / "conf" / "callbacks").glob("*.yaml"))
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAt(L.Callback):
+    """Ends a run after a number of steps, before there is a checkpoint of the last one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def killed_and_resumed(folder: Path, step: int, *overrides: str) -> Any:
+    """What a run ends with that was killed after ``step`` steps and resumed from its last checkpoint."""
+    values = small(*overrides)
+    killer = {"_target_": f"{__name__}.KillAt", "step": step}
+    with pytest.raises(Killed):
+        train(folder, **{**values, "trainer": {**values["trainer"], "callbacks": [killer]}})
+    train(folder, **{**values, "resume": str(find(str(folder)).start)})
+    return final(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "rate"),
+    [
+        ("cosine", [], 0.0),
+        ("onecycle", [], 0.0608929698),
+        ("warmup_cosine", [], 0.0),
+        ("step", ["scheduler.step_size=1"], 0.125),
+        ("plateau", ["scheduler.patience=0", "+scheduler.threshold=0.9"], 0.25),  # nothing is an improvement
+    ],
+)
+def test_a_scheduler_ends_with_its_rate_and_resumes_exactly(
+    name: str, overrides: list[str], rate: float, tmp_path: Path
+) -> None:
+    overrides = [f"scheduler={name}", *overrides, "data.val_size=100", "trainer.max_epochs=3"]
+    train(tmp_path / "whole", **small(*overrides))
+    content = torch.load(tmp_path / "whole" / runs.LAST, weights_only=True)
+    (found,) = {group["lr"] for group in content["optimizer_states"][0]["param_groups"]}
+    assert found == pytest.approx(rate, abs=1e-9)
+    for step in (4, 8):  # from the end of the first epoch, and of the second
+        assert_same(killed_and_resumed(tmp_path / str(step), step, *overrides), final(tmp_path / "whole"))
+
+
+def test_every_scheduler_has_been_tried() -> None:
+    assert {path.stem for path in (ROOT / "conf" / "scheduler").glob("*.yaml")} == {
+        *("cosine", "onecycle", "plateau", "step", "warmup_cosine")
+    }
+
+
+def test_the_rate_of_every_step(tmp_path: Path) -> None:
+    overrides = ["scheduler=warmup_cosine", "scheduler.warmup=0.5", "callbacks=lr_monitor", "logger=csv"]
+    train(tmp_path, **small(*overrides, "trainer.log_every_n_steps=1", "trainer.max_epochs=2"))
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        rates = [float(row["lr-Adadelta"]) for row in csv.DictReader(file) if row["lr-Adadelta"]]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.25, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_callback_of_the_group_trains(name: str, tmp_path: Path) -> None:
+    overrides = [f"callbacks={name}", "data.val_size=100", "logger=csv", "trainer.log_every_n_steps=1"]
+    overrides += ["callbacks.throughput.window_size=2"] if name == "throughput" else []
+    train(tmp_path / "whole", **small(*overrides))
+    with (tmp_path / "whole" / "csv" / "metrics.csv").open() as file:
+        logged = set(csv.DictReader(file).fieldnames or ())
+    of_callbacks = {
+        "lr_monitor": "lr-Adadelta",
+        "throughput": "train/device/samples_per_sec",
+        "device_stats": "DeviceStatsMonitor.on_train_batch_start/cpu_percent",
+    }
+    assert of_callbacks.get(name, "val/acc") in logged
+    if name in ("early_stopping", "ema", "swa"):  # those that have a state
+        assert_same(killed_and_resumed(tmp_path / "killed", 5, *overrides), final(tmp_path / "whole"))
+
+
+def test_a_schedule_over_the_whole_run_does_not_get_longer() -> None:
+    values = settings("train", "scheduler=cosine")
+    longer = {**values, "trainer": {**values["trainer"], "max_epochs": 20}}
+    run = Run(Path("run"), Path("run"), values)
+    with pytest.raises(UserError, match=r"scheduler\.T_max=null: its schedule ends with the run"):
+        continued(run, longer, {"trainer.max_epochs"})
+    values["scheduler"]["T_max"] = 100
+    assert continued(run, longer, {"trainer.max_epochs"})["trainer"]["max_epochs"] == 20
+
+
+def test_several_callbacks_one_of_them_switched_off(tmp_path: Path) -> None:
+    chosen = settings("train", "callbacks=[early_stopping,ema]", "callbacks.early_stopping=null")["callbacks"]
+    assert chosen.keys() == {"early_stopping", "ema"} and chosen["early_stopping"] is None
+    train(tmp_path, **{**small("data.val_size=100"), "callbacks": chosen})
+    names = torch.load(tmp_path / runs.LAST, weights_only=True)["callbacks"]
+    assert [name for name in names if "EMA" in name] and not [name for name in names if "EarlyStopping" in name]
+
+
+def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    overrides = ["callbacks=early_stopping", "+callbacks.early_stopping.stopping_threshold=0.0", "data.val_size=100"]
+    with caplog.at_level("INFO"):
+        assert train(tmp_path, **small(*overrides))["epochs"] == 1
+    assert [record for record in caplog.messages if record.startswith("stopped early: ")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["callbacks=early_stopping"], "callbacks: EarlyStopping monitors val/acc, and there is no validation split"),
+        (["scheduler=plateau"], "scheduler monitors val/loss, and there is no validation split: set data.val_size"),
+        (["callbacks=lr_monitor"], "no logger"),
+        (["scheduler=step", "scheduler.gamma=high"], r"scheduler\.gamma=high: must be a valid number"),
+        (["scheduler=step", "+scheduler.speed=1"], "scheduler: .*speed"),
+        (
+            ["scheduler=cosine", "trainer.max_epochs=-1", "trainer.max_time=00:00:00:01"],
+            r"scheduler\.T_max=null: this run",
+        ),
+        (["scheduler._target_=torch.optim.SGD", "scheduler=step"], "not a subclass of torch.optim.lr_scheduler"),
+        (["callbacks=ema", "callbacks.ema.decay=much"], r"callbacks\.ema\.decay=much"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(overrides: list[str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        train(tmp_path, **small(*overrides))
