@@ -16,7 +16,6 @@ import runpy
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import compat
-from mnist_lit.cli import launch, ranks
+from mnist_lit.cli import launch, parent
 
 SECONDS_TO_STOP = 60.0  # for the current step and its checkpoint
 SERVER_LOST = 255  # the exit code that multiprocessing reports for a process whose server was killed
@@ -256,7 +255,9 @@ def _become(
     os.setsid()  # a Ctrl-C on the terminal is for the process that has started this one,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which passes it on
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    starter = multiprocessing.parent_process()
+    assert starter and starter.pid
+    parent.end_with(starter.pid)
     for given, own, stream in ((stdout, 1, sys.stdout), (stderr, 2, sys.stderr)):
         os.dup2(given, own)
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -293,22 +294,3 @@ def _added_by_imports() -> dict[str, str]:
     before = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
     names = {each.partition("=")[0] for each in before}
     return {name: value for name, value in os.environ.items() if name not in names}
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    _end()
-
-
-@cache
-def end_with(parent: int) -> None:
-    """Stop this process, as SIGTERM would, when its parent has ended."""
-    ranks.when_parent_ends(parent, _end)
-
-
-def _end() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(SECONDS_TO_STOP)
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import Interrupted, UserError, compat
-from mnist_lit.cli import ranks
+from mnist_lit.cli import parent, ranks
 from mnist_lit.cli.config import (
     CONF,
     ConfigFiles,
@@ -28,6 +28,8 @@ from mnist_lit.cli.config import (
     quoted,
 )
 from mnist_lit.storage import runs
+
+log_crash = logging.getLogger("mnist_lit.crash")  # goes to the log file alone
 
 composed: Any = None  # the configuration, with Hydra's part, if another process has composed and checked it
 current: Any = None  # the ``VerbRun``, or the sweep, of this process, for ``callbacks.Prepare``
@@ -67,7 +69,7 @@ def launch(
     try:
         with files.errors_as_user_errors(flags.overrides), _exceptions_from_hydra():
             if composed:
-                ranks.tell_children()
+                parent.tell_children()
                 compat.run_composed(command, composed)
             elif flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
                 if not sweep:
@@ -128,12 +130,12 @@ class VerbRun:
 
         tracebacks = config.get("debug") is True or tracebacks
         if not (self.run_folder and ranks.is_started_by_another()):
-            ranks.tell_children()
+            parent.tell_children()
         if not self.run_folder:
             _check(self.verb, config)
             return
         if ranks.is_started_by_another():
-            ranks.end_with_parent()
+            ranks.end_with_starter()
         if ranks.by_torchrun():
             ranks.take_torchruns_numbers(config)
             folder, start = ranks.decided_by_first(lambda: self._decide(config))
@@ -172,10 +174,12 @@ class VerbRun:
                 self.work(**arguments)
         except UserError as error:
             if self.run_folder and ranks.is_first():
+                if error.__cause__ and not isinstance(error, ranks.LostProcessError):
+                    log_crash.error("%s", error, exc_info=error)  # a user need not see it, a developer may have to
                 _remove_traces(folder, self.verb)
             self.error = error  # if raised here, Hydra would print a traceback
         except Exception:
-            logging.getLogger("mnist_lit.crash").exception("the run failed")  # into the log file
+            log_crash.exception("the run failed")
             raise
 
     def _decide(self, config: Any) -> tuple[str, str | None]:

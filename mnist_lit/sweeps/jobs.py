@@ -37,7 +37,7 @@ class Job:
     @classmethod
     def read(cls, folder: Path) -> "Job":
         job = cls(folder, **json.loads((folder / FILE).read_text(encoding="utf-8")))
-        if job.results:  # it may have finished after the sweep was killed
+        if job.results and job.status != "failed":  # it may have finished after the sweep was killed
             job.status, job.reason = "finished", ""
         return job
 

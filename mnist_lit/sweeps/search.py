@@ -190,7 +190,8 @@ class Search:
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 working = {pool.submit(self._work) for _ in range(self.workers)}
-                import mnist_lit.sweeps.tune_report  # noqa: F401  # takes seconds, so while the first trials run
+                with contextlib.suppress(Exception):  # the report says it
+                    import optuna.visualization.matplotlib  # noqa: F401  # takes seconds, so while the first trials run
 
                 while working:
                     with contextlib.suppress(OptunaError):  # the database is busy, or another process was faster
@@ -256,7 +257,9 @@ class Search:
             composed=self._composed(overrides),
         )
         pruned, stopped = should_prune(), self.stop.is_set()
-        if ended.code == 0 and best:
+        if best and (folder / "metrics.json").exists():
+            if ended.code:
+                log.warning("trial %d: %s", trial.number, ended.reason)
             return max(best.values())
         if pruned and not stopped:
             raise optuna.TrialPruned

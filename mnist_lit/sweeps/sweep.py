@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import Interrupted, UserError, compat
-from mnist_lit.cli import job, launch, resume
+from mnist_lit.cli import job, launch, parent, resume
 from mnist_lit.cli.config import CONF, ConfigFiles, flatten, key_of, plain_values, quoted
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
@@ -126,18 +126,17 @@ class Sweep:
 
         launch.tracebacks = self.tracebacks
         launch.show_tracebacks_as_asked()
-        if os.getppid() == self.process:  # joblib's processes would wait forever for a killed parent
-            job.end_with(self.process)
+        if os.getpid() != self.process and self.host == socket.gethostname():
+            parent.end_with(self.process)  # joblib's processes, for one, would wait forever
         number = HydraConfig.get().job.num
         mine = self.jobs[number]
         if any(each.folder == mine.folder for each in self.jobs[:number]):
             return  # a duplicate
         place, asked = f"job {number + 1} of {len(self.jobs)}", title(mine.overrides, self.keys)
         if (mine.folder / "metrics.json").exists():
+            mine.status, mine.reason = "finished", ""
             mine.write()  # the sweep may have been killed before it could write this
             log.info("%s has been run: %s", place, asked)
-            return
-        if self._is_over():
             return
         log.info("%s: %s", place, asked)
         started = time.monotonic()
@@ -145,7 +144,7 @@ class Sweep:
         mine.write()
         try:
             arguments, composed = self._arguments(mine), self._composed(mine, config)
-            ended = job.run(self.verb, arguments, self.cwd, self.quiet, should_stop=self._is_over, composed=composed)
+            ended = job.run(self.verb, arguments, self.cwd, self.quiet, composed=composed)
             finished = ended.code == 0 and bool(mine.results)
             mine.status = "finished" if finished else "failed"
             mine.reason = (
@@ -191,16 +190,6 @@ class Sweep:
             config.hydra.run.dir = str(mine.folder)
         return launch.for_another_process(self.verb, config)
 
-    def _is_over(self) -> bool:
-        """Whether the process that runs the sweep has ended; only known on the same machine."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            os.kill(self.process, 0)
-        except ProcessLookupError:
-            return True
-        return False
-
 
 def run(verb: str, files: ConfigFiles, flags: Any, hydra_main: Any) -> None:
     """Have Hydra run a sweep, and report failed jobs at the end.
@@ -221,8 +210,10 @@ def run(verb: str, files: ConfigFiles, flags: Any, hydra_main: Any) -> None:
             if not command.task.jobs:  # not begun
                 raise
             raise UserError(f"the launcher failed ({type(error).__name__}: {error}){command.again}") from error
-    if failed := sum(not job.results for job in command.task.jobs):
-        raise UserError(f"{failed} of {len(command.task.jobs)} jobs failed{command.again}")
+    failed = sum(Job.read(each.folder).status != "finished" for each in command.task.jobs)
+    problems = [f"{failed} of {len(command.task.jobs)} jobs failed"] if failed else []
+    if problems := [*problems, *filter(None, [command.without_summary])]:
+        raise UserError("; ".join(problems) + command.again)
 
 
 class SweepCommand:
@@ -236,6 +227,7 @@ class SweepCommand:
         self.flags, self.stack = flags, stack
         self.task = Sweep(verb, files)
         self.again = ""  # how to continue, as the end of a message
+        self.without_summary = ""  # why it could not be written
 
     def prepare(self, config: Any) -> None:
         from omegaconf import open_dict, read_write
@@ -268,7 +260,10 @@ class SweepCommand:
             log.warning(NOT_RANKED)
 
     def finish(self, config: Any) -> None:
-        summarize(Path(config.hydra.sweep.dir))
+        try:
+            summarize(Path(config.hydra.sweep.dir))
+        except UserError as error:
+            self.without_summary = str(error)
 
 
 def _stopped(number: int, frame: Any) -> None:
