@@ -268,11 +268,12 @@ def wait_for(condition: Any, seconds: float) -> None:
 def test_23_a_sweep_that_was_killed_or_stopped_goes_on_with_the_same_command(
     number: int, devices: int, tmp_path: Path, command: Command
 ) -> None:
-    long = ["trainer.max_epochs=14", "trainer.limit_train_batches=2", f"trainer.devices={devices}"]
+    epochs = 14 // devices
+    long = [f"trainer.max_epochs={epochs}", "trainer.limit_train_batches=2", f"trainer.devices={devices}"]
     arguments = [*SMALL, *long, "seed=0,1", f"hydra.sweep.dir={tmp_path}/s"]
     sweep = command.start("-m", *arguments, cwd=tmp_path)
     job = tmp_path / "s" / "seed-0"
-    wait_for((job / "checkpoints" / "last.ckpt").exists, 60)
+    wait_for((job / "checkpoints" / "last.ckpt").exists, 90)
     assert is_in_use(job)
     sweep.send_signal(number)
     ended = sweep.ended()
@@ -286,7 +287,7 @@ def test_23_a_sweep_that_was_killed_or_stopped_goes_on_with_the_same_command(
     done = command("-m", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming" in (tmp_path / "s" / "seed-0" / "train.log").read_text()
-    assert len(list(csv.DictReader((tmp_path / "s" / "seed-0" / "metrics.csv").open()))) == 14
+    assert len(list(csv.DictReader((tmp_path / "s" / "seed-0" / "metrics.csv").open()))) == epochs
     assert [job.status for job in read_jobs(tmp_path / "s")] == ["finished", "finished"]
 
 

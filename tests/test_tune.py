@@ -21,6 +21,7 @@ from conftest import Command
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten, plain_values, settings
+from mnist_lit.cli.keys import is_one_of
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
@@ -355,7 +356,7 @@ def test_every_key_of_train_is_one_of_tune() -> None:
 def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had(
     overrides: list[str], tmp_path: Path
 ) -> None:
-    from mnist_lit.sweeps.tune_report import EXCLUDED, experiment
+    from mnist_lit.sweeps.tune_report import NOT_SETTINGS, experiment
 
     params = {"optimizer.lr": 0.123, "model.dropout": 0.3, "data.batch_size": 250}
     trial = optuna.create_trial(value=0.99, params=params, distributions=dict.fromkeys(params, DISTRIBUTION))
@@ -364,7 +365,7 @@ def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had
 
     def decisive(files: ConfigFiles, *given: str) -> dict[str, Any]:
         values = flatten(plain_values(files.compose(given)))
-        return {key: value for key, value in values.items() if not key.startswith(EXCLUDED)}
+        return {key: value for key, value in values.items() if not is_one_of(key, NOT_SETTINGS)}
 
     had = decisive(ConfigFiles("train"), *overrides, *(f"{key}={value}" for key, value in params.items()))
     assert decisive(ConfigFiles("train", str(tmp_path)), "experiment=best") == had

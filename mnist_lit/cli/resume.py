@@ -1,7 +1,6 @@
 """``resume=``: finds the run and checkpoint to resume from, and merges allowed overrides into its configuration."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,9 @@ import yaml
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten
+from mnist_lit.cli.keys import CLASSES, MAY_CHANGE, is_one_of
 from mnist_lit.storage import runs
 from mnist_lit.storage.checkpoint_file import corruption, with_current_names
-
-# Keys that may change without changing the run: where the data are (their checksum is compared), what is shown and
-# recorded, and the hardware, although another device or number of threads changes the last bits.
-MAY_CHANGE = (
-    *("resume", "data.dir", "data.source", "logger", "checkpoint", "model.cpu_kernel"),
-    *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
-    *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
-)
-
-
-# The classes of runs whose ``config.yaml`` does not name them, which is an older one.
-TARGETS = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Trainer"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
         raise UserError(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     config |= {section: with_current_names(config[section]) for section in ("model", "optimizer")}
-    config |= {section: {"_target_": target, **config[section]} for section, target in TARGETS.items()}
+    config |= {section: {"_target_": target, **config[section]} for section, target in CLASSES.items()}
     if path.is_file():
         if path.name == Path(runs.BEST).name:  # it is from within a validation, where Lightning cannot go on exactly
             raise UserError(f"resume={wanted}: best.ckpt cannot be resumed, only tested: resume={folder}")
@@ -91,7 +79,7 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     own, new = flatten(run.config), flatten(asked)
     different = sorted(key for key in typed if own.get(key) != new.get(key))
     epochs = "trainer.max_epochs"
-    other = [key for key in different if not may_change(key) and key != epochs]
+    other = [key for key in different if not is_one_of(key, MAY_CHANGE) and key != epochs]
     if other:
         differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)
         raise UserError(f"{run.folder} is another run: {differences}; remove these overrides to resume it")
@@ -107,8 +95,3 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
         elif name:
             values[section][name] = new[key]
     return {**values, "resume": str(run.start)}
-
-
-def may_change(key: str, free: Iterable[str] = MAY_CHANGE) -> bool:
-    """Whether ``key``, or its section, may change without changing the run."""
-    return any(key == each or key.startswith(f"{each}.") for each in free)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_lit.cli.resume import may_change
+from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
 from mnist_lit.reports.results import only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
@@ -63,7 +63,8 @@ def best_first(jobs: list[Job]) -> tuple[list[Group], bool]:
         The groups, and whether they are sorted: every finished job needs a validation accuracy.
     """
     swept = sorted({key for job in jobs for key in job.swept})
-    keys = [key for key in differing(jobs) if key != "seed" and (key in swept or not may_change(key.lstrip("+~")))]
+    free = ("seed", *MAY_CHANGE)
+    keys = [key for key in differing(jobs) if (key in swept and key != "seed") or not is_one_of(key.lstrip("+~"), free)]
     by_identity: dict[str, Group] = {}
     for job in jobs:
         group = Group(title(job.overrides, keys), [])

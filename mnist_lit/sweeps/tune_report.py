@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, plain_values
+from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
 from mnist_lit.reports.results import only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
@@ -19,8 +20,7 @@ from mnist_lit.storage.tables import short, text_table, to_csv
 log = logging.getLogger("mnist_lit.tune")
 
 PLOTS = ("optimization_history", "param_importances", "slice", "intermediate_values", "parallel_coordinate")
-# Where a run reads its data and what it writes are not among its settings.
-EXCLUDED = ("data.dir", "data.source", "logger", "trainer.enable_", "resume")
+NOT_SETTINGS = (*MAY_CHANGE, "trainer.enable_checkpointing")  # trials write none
 MAX_ROWS = 10  # of the table on the terminal
 
 
@@ -63,7 +63,7 @@ def experiment(trial: FrozenTrial, study: str, overrides: Sequence[str], files: 
     groups = [{f"override /{group}": choices[group]} for group in ("model", "optimizer")]
     changes = OmegaConf.create({"defaults": groups})
     for key, value in flatten(plain_values(config)).items():
-        if (key not in defaults or defaults[key] != value) and not key.startswith(EXCLUDED):
+        if (key not in defaults or defaults[key] != value) and not is_one_of(key, NOT_SETTINGS):
             OmegaConf.update(changes, key, value, force_add=True)
     head = f"The best of the study {study}: validation accuracy {trial.value:.4f} in trial {trial.number}."
     return f"# @package _global_\n# {head}\n{OmegaConf.to_yaml(changes)}"
