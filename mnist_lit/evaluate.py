@@ -9,7 +9,7 @@ from typing import Any
 
 from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
-from mnist_lit.reports.results import evaluation_table
+from mnist_lit.reports.results import evaluation_table, only_showing
 from mnist_lit.storage import runs
 
 log = logging.getLogger("mnist_lit.evaluate")
@@ -65,8 +65,9 @@ def evaluate(
         if lightning_trainer.is_global_zero:
             runs.write_json(folder / "metrics.json", results)
             config = {"ckpt": results["ckpt"], "model": classifier.hparams["model"], "data": data, "trainer": trainer}
-            write_report(folder / "report.html", results, config, predictions, classifier.network)
             log.info("\n%s", evaluation_table(results, folder))
+            with only_showing("the report", folder):
+                write_report(folder / "report.html", results, config, predictions, classifier.network)
         return results
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit.cli.launch import launch, loading
-from mnist_lit.reports.results import results_of_finished_run, training_results, training_table
+from mnist_lit.reports.results import only_showing, results_of_finished_run, training_results, training_table
 from mnist_lit.storage import runs
 
 log = logging.getLogger("mnist_lit.train")
@@ -37,7 +37,8 @@ def train(
         The content of ``metrics.json``.
 
     Raises:
-        UserError: The configuration, the data or this machine do not allow the run, or the loss is not finite.
+        UserError: The configuration, the data or this machine do not allow the run, the loss is not finite, or the report
+            cannot be written, which loses no results.
         Interrupted: A signal arrived; the last checkpoint has the state.
     """
     folder = Path(folder)
@@ -84,13 +85,14 @@ def train(
         results |= {"max_epochs": trainer.get("max_epochs"), **harness.conditions(lightning_trainer, datamodule)}
         results |= scores(predictions.probabilities, predictions.labels)
         if is_first:
-            runs.write_json(folder / "metrics.json", results)  # before what only shows them
-            if recorder.history:
-                learning_curve(recorder.history, results, folder / "learning_curve.png")
-            write_report(folder / "report.html", results, config, predictions, classifier.network, recorder.history)
+            runs.write_json(folder / "metrics.json", results)
             log.info("\n%s", training_table(results, folder))
             print("loss=", results["test/loss"])  # the tutorial's own two lines
             print("accuracy=", results["test/acc"])
+            with only_showing("the report", folder):
+                if recorder.history:
+                    learning_curve(recorder.history, results, folder / "learning_curve.png")
+                write_report(folder / "report.html", results, config, predictions, classifier.network, recorder.history)
         return results
 
 

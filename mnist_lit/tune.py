@@ -4,19 +4,16 @@ Any number of these commands, on any number of machines, can work on the same st
 """
 
 import json
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Interrupted, UserError, require_packages
+from mnist_lit import UserError, require_packages
 from mnist_lit.cli import job
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, key_of, plain_values
-from mnist_lit.cli.launch import launch, loading
+from mnist_lit.cli.keys import is_one_of
+from mnist_lit.cli.launch import launch, loading, stopped_by_signals
 from mnist_lit.sweeps.jobs import identity
-
-OWN_KEYS = ("n_trials", "storage", "study", "sampler", "pruner", "sampler_seed", "workers", "space")
-INTERRUPTED = "stopped by {}; the same command continues, and runs the interrupted trials again"
 
 
 def tune(
@@ -70,28 +67,24 @@ def tune(
 def _command(**values: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from mnist_lit.cli import schema
+
     job.warm_up()
     if values["resume"]:
         raise UserError("resume= continues a run; a search continues with the same storage= and study=")
     if not values["data"]["val_size"]:
         raise UserError("data.val_size=0 leaves no validation accuracy to optimize")
     hydra = HydraConfig.get()
-    overrides = [each for each in hydra.overrides.task if key_of(each).split(".")[0] not in OWN_KEYS]
+    own_keys = schema.Tune.__annotations__.keys() - schema.Train.__annotations__.keys()
+    overrides = [each for each in hydra.overrides.task if not is_one_of(key_of(each), own_keys)]
     config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     files = ConfigFiles("train", config_dirs[0] if config_dirs else None)
     # Where tune.yaml differs from train.yaml.
     train = flatten(plain_values(files.compose(overrides)))
     overrides += as_overrides({key: value for key, value in flatten(values).items() if train.get(key, value) != value})
-
-    def terminate(number: int, frame: Any) -> None:
-        raise Interrupted(number, INTERRUPTED.format("SIGTERM"))
-
-    signal.signal(signal.SIGTERM, terminate)
-    own = {key: values[key] for key in OWN_KEYS}
-    try:
+    own = {key: values[key] for key in own_keys}
+    with stopped_by_signals(lambda: "; the same command continues, and runs the interrupted trials again"):
         tune(hydra.runtime.output_dir, **own, overrides=overrides, config_dir=files.user_folder)
-    except KeyboardInterrupt as error:
-        raise Interrupted(signal.SIGINT, INTERRUPTED.format("Ctrl-C")) from error
 
 
 def main() -> None:

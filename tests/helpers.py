@@ -1,9 +1,11 @@
 """What several tests use: small runs, what a run ends with, and comparisons that fail in a few lines."""
 
 import copy
+import fcntl
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -47,6 +49,18 @@ def _small(overrides: tuple[str, ...]) -> dict[str, Any]:
         "trainer.accelerator=cpu",
         *overrides,
     )
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds the lock of the folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def results(folder: Path) -> dict[str, Any]:

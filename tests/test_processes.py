@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Command
-from helpers import ROOT, assert_same, final, results
+from helpers import ROOT, assert_same, final, is_in_use, results
 
 from mnist_lit import UserError
 from mnist_lit.cli import ranks
@@ -280,6 +280,18 @@ def test_26_a_process_that_is_to_wait_for_a_dead_first_one_ends(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_26_when_torchrun_is_killed_its_processes_end_and_leave_the_folder(tmp_path: Path) -> None:
+    agent = start(*ENDLESS, "hydra.run.dir=run", torchrun=["--nproc-per-node=2", "--standalone"], cwd=tmp_path)
+    wait_for((tmp_path / "run" / "checkpoints" / "last.ckpt").exists)
+    assert is_in_use(tmp_path / "run")
+    agent.kill()
+    killed = time.monotonic()
+    wait_for(lambda: not is_in_use(tmp_path / "run"))
+    assert time.monotonic() - killed < 5
+    said(agent, cwd=tmp_path, code=-9)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_26_when_a_machines_process_dies_those_of_the_others_end(dead: int, tmp_path: Path) -> None:
     agents = start_machines(2, *ENDLESS, cwd=tmp_path)
@@ -304,6 +316,16 @@ def test_28_29_torchruns_processes_refuse_once(tmp_path: Path) -> None:
         text = said(process, cwd=tmp_path, code=1)
         assert len(re.findall("^train: .*", text, re.MULTILINE)) == 1 and sentence in text, text
         assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").iterdir())
+
+
+def test_34_a_crash_in_another_process_is_in_the_log(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "crash.py").write_text(
+        "import os\nfrom mnist_lit import train\nfrom mnist_lit.model import MNISTClassifier\n"
+        "if os.environ['RANK'] == '1':\n    MNISTClassifier.training_step = lambda *_: 1 / 0\ntrain.main()\n"
+    )
+    first, second = ranks_of(command, 1, 2, *SMALL, "hydra.run.dir=run", cwd=tmp_path, module="crash")
+    assert second.stderr.count("\nZeroDivisionError: ") == 1 and "another process of this run" in first.stderr
+    assert (tmp_path / "run" / "train.log").read_text().count("\nZeroDivisionError: ") == 1
 
 
 def test_torchruns_numbers_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:

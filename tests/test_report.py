@@ -5,14 +5,20 @@ import re
 import shutil
 from pathlib import Path
 
+import colour
 import pytest
 import torch
-from conftest import Browser
+from conftest import Browser, Command
+from helpers import QUICK, results
 
+from mnist_lit import UserError
+from mnist_lit.cli.config import settings
+from mnist_lit.evaluate import evaluate
 from mnist_lit.network import TutorialCNN
 from mnist_lit.reports.report import write_report
 from mnist_lit.reports.scores import PredictionCollector, scores
 from mnist_lit.storage import runs
+from mnist_lit.train import train
 
 WITHOUT_END = {"meta", "img", "br", "path", "use", "rect"}
 
@@ -89,8 +95,33 @@ def test_the_most_confident_mistakes_come_first(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>" in page.text  # as text
 
 
+def test_34_a_report_that_cannot_be_written_loses_no_results(tmp_path: Path) -> None:
+    asked = settings("train", *colour.ASKED, "trainer.fast_dev_run=false", "trainer.max_steps=2")
+    with pytest.raises(UserError, match=r"the report cannot be written \(TypeError: .*; the results are in .*/metrics"):
+        train(tmp_path / "run", **asked)
+    found = results(tmp_path / "run")
+    assert found["test/images"] == 1000 and len(found["test/confusion_matrix"]) == len(found["test/digits"]) == 12
+
+    again = settings("evaluate", *colour.ASKED[:3], f"ckpt={tmp_path / 'run'}")
+    with pytest.raises(UserError, match=r"the report cannot be written \(TypeError: "):
+        evaluate(tmp_path / "again", **again)
+    assert results(tmp_path / "again")["test/confusion_matrix"] == found["test/confusion_matrix"]
+
+
+def test_34_what_was_found_is_on_the_terminal_and_what_failed_in_the_log(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "run" / "learning_curve.png").mkdir(parents=True)
+    done = command(*QUICK, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 1 and re.search(r"^accuracy= 0\.\d+$", done.stdout, re.MULTILINE)
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("train: ")]
+    assert sentence.startswith("train: the report cannot be written (IsADirectoryError: ")
+    assert sentence.endswith("; the results are in run/metrics.json") and "Traceback" not in done.stderr
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "Traceback" in log and 'report.py", line ' in log and "IsADirectoryError" in log
+    assert results(tmp_path / "run")["test/images"] > 0
+
+
 def write(folder: Path, predictions: PredictionCollector, network: torch.nn.Module, config: dict) -> None:
-    results = {
+    found = {
         "test/loss": float("nan"),
         "test/acc": 0.25,
         **scores(predictions.probabilities, predictions.labels),
@@ -103,7 +134,7 @@ def write(folder: Path, predictions: PredictionCollector, network: torch.nn.Modu
         "data": {"name": "mnist", "train": 1, "val": 0, "test": 4, "sha256": "ab" * 32},
         "versions": runs.versions(),
     }
-    write_report(folder / "report.html", results, config, predictions, network)
+    write_report(folder / "report.html", found, config, predictions, network)
 
 
 def test_a_network_without_mistakes_has_a_page_too(tmp_path: Path) -> None:

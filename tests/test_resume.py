@@ -268,7 +268,8 @@ def test_killed_between_the_last_step_and_the_results_only_those_are_made(
     assert_same(outcome(folder), outcome(validated_run))
 
 
-def test_a_run_that_is_in_use_is_refused(finished_run: Path) -> None:
+def test_a_run_that_is_in_use_is_refused(finished_run: Path, monkeypatch) -> None:
+    monkeypatch.setattr(runs, "SECONDS_TO_WAIT", 0)
     with runs.locked(finished_run), pytest.raises(UserError, match="another process"), runs.locked(finished_run):
         pass
 

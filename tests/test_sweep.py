@@ -4,13 +4,18 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import colour
 import pytest
 from conftest import Command
-from helpers import QUICK
+from helpers import QUICK, ROOT, is_in_use
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles
@@ -37,6 +42,17 @@ class Odd(TutorialCNN):
         if self.how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(images)
+"""
+SLOW = """\
+import os, signal, time
+from pathlib import Path
+from mnist_lit.network import TutorialCNN
+
+class Slow(TutorialCNN):
+    def forward(self, images):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as if it were computing in C
+        Path(f"slow-{os.getpid()}").touch()
+        time.sleep(90)
 """
 SMALL = [
     *("data.source=sample", "data.batch_size=100", "data.val_size=200", "trainer.accelerator=cpu"),
@@ -187,6 +203,23 @@ def test_28_a_sweep_with_a_refused_job_runs_the_others(tmp_path: Path, command: 
 
 
 @pytest.mark.slow
+def test_34_reports_that_cannot_be_written_lose_no_results_of_a_sweep(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "s" / "summary.png").mkdir(parents=True)
+    asked = ["-m", *colour.ASKED, "data.val_size=100", "seed=0,1", "hydra.sweep.dir=s"]
+    done = command(*asked, cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("train: 2 of 2 jobs failed; summary.png cannot be written"), last
+    assert "failed: seed=0: the report cannot be written (TypeError: " in done.stdout
+    with (tmp_path / "s" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["failed"] * 2 and all(float(row["test/acc"]) >= 0 for row in rows)
+
+    (tmp_path / "s" / "summary.png").rmdir()
+    again = command(*asked, cwd=tmp_path)  # their results are there, so nothing is missing
+    assert again.returncode == 0 and "job 2 of 2 has been run" in again.stdout, again.stderr
+
+
+@pytest.mark.slow
 def test_a_job_has_several_processes_where_asked(tmp_path: Path, command: Command) -> None:
     done = command("-m", *QUICK, "trainer.devices=1,2", "hydra.sweep.dir=s", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -230,39 +263,78 @@ def wait_for(condition: Any, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def is_in_use(folder: Path) -> bool:
-    """Whether a process trains in it."""
-    try:
-        with runs.locked(folder):
-            return False
-    except UserError:
-        return True
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(("number", "devices"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGINT, 1)])
 def test_23_a_sweep_that_was_killed_or_stopped_goes_on_with_the_same_command(
-    number: int, tmp_path: Path, command: Command
+    number: int, devices: int, tmp_path: Path, command: Command
 ) -> None:
-    long = ["trainer.max_epochs=14", "trainer.limit_train_batches=2"]
+    epochs = 14 // devices
+    long = [f"trainer.max_epochs={epochs}", "trainer.limit_train_batches=2", f"trainer.devices={devices}"]
     arguments = [*SMALL, *long, "seed=0,1", f"hydra.sweep.dir={tmp_path}/s"]
     sweep = command.start("-m", *arguments, cwd=tmp_path)
     job = tmp_path / "s" / "seed-0"
-    wait_for((job / "checkpoints" / "last.ckpt").exists, 60)
+    wait_for((job / "checkpoints" / "last.ckpt").exists, 90)
     assert is_in_use(job)
     sweep.send_signal(number)
     ended = sweep.ended()
     assert ended.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
-    wait_for(lambda: not is_in_use(job), 30)  # its job does not outlive it
-    if number == signal.SIGINT:
+    if number == signal.SIGKILL:
+        wait_for(lambda: not is_in_use(job), 5)  # its job does not outlive it
+    else:
         assert "the same command with hydra.sweep.dir=" in ended.stderr.splitlines()[-1]
         assert Job.read(tmp_path / "s" / "seed-0").status == "stopped"
 
     done = command("-m", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming" in (tmp_path / "s" / "seed-0" / "train.log").read_text()
-    assert len(list(csv.DictReader((tmp_path / "s" / "seed-0" / "metrics.csv").open()))) == 14
+    assert len(list(csv.DictReader((tmp_path / "s" / "seed-0" / "metrics.csv").open()))) == epochs
     assert [job.status for job in read_jobs(tmp_path / "s")] == ["finished", "finished"]
+
+
+@pytest.mark.slow
+def test_23_a_launchers_process_does_not_outlive_the_sweep_and_nor_does_its_job(
+    tmp_path: Path, command: Command
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra joblib")
+    (tmp_path / "slow_networks.py").write_text(SLOW)
+    network = ["model._target_=slow_networks.Slow", "~model.dropout", "~model.cpu_kernel"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=s", "seed=0,1"]
+    sweep = command.start("-m", *SMALL, *network, *launcher, cwd=tmp_path)
+    jobs = [tmp_path / "s" / f"seed-{seed}" for seed in (0, 1)]
+    wait_for(lambda: len(list(tmp_path.glob("slow-*"))) == 2, 90)
+    assert all(map(is_in_use, jobs))
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+    wait_for(lambda: not any(map(is_in_use, jobs)), 5)
+
+
+def test_23_a_run_waits_for_the_lock_of_one_that_is_about_to_end(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with locked_by_another(tmp_path, "time.sleep(1)") as other, runs.locked(tmp_path):
+        assert 0.5 < time.monotonic() - began < 5 and other.wait(5) == 0
+
+
+def test_23_what_a_run_has_forked_does_not_hold_its_lock(tmp_path: Path) -> None:
+    """As a DataLoader's workers do, which live for seconds after a kill -9 of the run."""
+    with locked_by_another(tmp_path, "os.fork() and os.kill(os.getpid(), signal.SIGKILL); time.sleep(3)") as other:
+        other.wait(5)
+        assert not is_in_use(tmp_path)
+
+
+@contextmanager
+def locked_by_another(folder: Path, then: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Another process has locked the folder, and does something then."""
+    code = f"""
+import os, signal, time
+from pathlib import Path
+from mnist_lit.storage import runs
+with runs.locked(Path({str(folder)!r})):
+    print(flush=True)
+    {then}
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"\n"
+        yield other
 
 
 def test_only_train_makes_sweeps_and_a_sweep_is_not_resumed_job_by_job(tmp_path: Path, command: Command) -> None:

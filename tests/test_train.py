@@ -84,19 +84,6 @@ def test_with_a_validation_split_the_best_weights_are_tested(validated_run: Path
     assert results["test/loss"] != pytest.approx(scores["last"], rel=1e-5)
 
 
-def test_the_results_are_there_before_anything_that_only_shows_them(tmp_path: Path, monkeypatch) -> None:
-    from mnist_lit.reports import report
-
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError("as the test wants it")
-
-    monkeypatch.setattr(report, "write_report", fail)
-    monkeypatch.setattr(report, "learning_curve", fail)
-    with pytest.raises(ZeroDivisionError):
-        train(tmp_path, **small("trainer.max_epochs=1"))
-    assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 1
-
-
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import colour
 import pytest
 import yaml
 from conftest import Command
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten, plain_values, settings
+from mnist_lit.cli.keys import is_one_of
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
@@ -311,6 +313,31 @@ def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
     assert not counts(study.get_trials()[-1])
 
 
+@pytest.mark.slow
+def test_34_plots_that_cannot_be_written_lose_no_results_of_a_search(tmp_path: Path) -> None:
+    from mnist_lit.sweeps.tune_report import report
+
+    study = optuna.create_study(direction="maximize")
+    for value in (0.8, 0.9):
+        rate = {"params": {"optimizer.lr": value}, "distributions": {"optimizer.lr": DISTRIBUTION}}
+        study.add_trial(optuna.create_trial(value=value, **rate))
+    (tmp_path / "slice.png").mkdir()
+    with pytest.raises(
+        UserError, match=r"the plots cannot be written \(IsADirectoryError: .*; the results are in .*csv"
+    ):
+        report(tmp_path, study, [], ConfigFiles("train"))
+    assert "lr: 0.9" in (tmp_path / "experiment" / "best.yaml").read_text()
+    assert len((tmp_path / "trials.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_34_a_trial_whose_report_cannot_be_written_counts_with_its_value(tmp_path: Path, tune: Any) -> None:
+    asked = [*colour.ASKED[:2], *colour.ASKED[4:], *SMALL[1:], "~space.model"]
+    done = tune("n_trials=1", f"storage={sqlite(tmp_path)}", *asked, cwd=tmp_path)
+    assert done.returncode == 0 and "the report cannot be written (TypeError: " in done.stdout, done
+    assert states(opened(sqlite(tmp_path))) == ["COMPLETE"]
+
+
 def test_every_key_of_train_is_one_of_tune() -> None:
     assert settings("train").keys() <= settings("tune").keys()
 
@@ -329,7 +356,7 @@ def test_every_key_of_train_is_one_of_tune() -> None:
 def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had(
     overrides: list[str], tmp_path: Path
 ) -> None:
-    from mnist_lit.sweeps.tune_report import EXCLUDED, experiment
+    from mnist_lit.sweeps.tune_report import NOT_SETTINGS, experiment
 
     params = {"optimizer.lr": 0.123, "model.dropout": 0.3, "data.batch_size": 250}
     trial = optuna.create_trial(value=0.99, params=params, distributions=dict.fromkeys(params, DISTRIBUTION))
@@ -338,7 +365,7 @@ def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had
 
     def decisive(files: ConfigFiles, *given: str) -> dict[str, Any]:
         values = flatten(plain_values(files.compose(given)))
-        return {key: value for key, value in values.items() if not key.startswith(EXCLUDED)}
+        return {key: value for key, value in values.items() if not is_one_of(key, NOT_SETTINGS)}
 
     had = decisive(ConfigFiles("train"), *overrides, *(f"{key}={value}" for key, value in params.items()))
     assert decisive(ConfigFiles("train", str(tmp_path)), "experiment=best") == had

@@ -11,25 +11,11 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
+from mnist_lit.cli.keys import PATHS
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
 CONF = next(path for base in Path(__file__).parents[1:3] if (path := base / "conf").is_dir())
-
-# Keys whose values are paths: Hydra's grammar would choke on spaces, =, commas, ~ or umlauts in them.
-PATH_KEYS = (
-    "data.dir",
-    "hydra.run.dir",
-    "hydra.sweep.dir",
-    "resume",
-    "ckpt",
-    "images",
-    "output",
-    "contact_sheet",
-    "source",
-    "target",
-    "storage",
-)
 
 
 def settings(verb: str, *overrides: str) -> dict[str, Any]:
@@ -146,7 +132,7 @@ def key_of(override: str) -> str:
 def absolute_paths(values: dict[str, Any], folder: str) -> dict[str, Any]:
     """``values`` with relative paths made absolute, as if taken from ``folder``."""
     changed = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for key in PATH_KEYS:
+    for key in PATHS:
         section, _, name = key.rpartition(".")
         place = changed.get(section, {}) if section else changed
         if isinstance(value := place.get(name), str) and value != "latest" and "://" not in value:
@@ -160,7 +146,7 @@ def quoted(argument: str) -> str:
     """``data.dir=a b`` as Hydra's grammar wants it, ``data.dir='a b'``; a leading ~ becomes the home folder."""
     key, equals, value = argument.partition("=")
     is_list = key == "images" and re.fullmatch(r"\[.*\]", value)
-    if not equals or key.lstrip("+") not in PATH_KEYS or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
+    if not equals or key.lstrip("+") not in PATHS or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
         return argument
     return f"{key}={_in_quotes(os.path.expanduser(value))}"
 

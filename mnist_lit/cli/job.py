@@ -16,21 +16,21 @@ import runpy
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import connection, reduction
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from mnist_lit import compat
-from mnist_lit.cli import launch, ranks
+from mnist_lit.cli import launch, parent
 
 SECONDS_TO_STOP = 60.0  # for the current step and its checkpoint
 SERVER_LOST = 255  # the exit code that multiprocessing reports for a process whose server was killed
+HYDRAS_LAST_LINE = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PRELOADED = ("mnist_lit.cli.preloaded",)
 _one_at_a_time = threading.Lock()  # multiprocessing's processes must not be started or polled by two threads at once
@@ -54,7 +54,7 @@ class Result:
         if self.code < 0:
             name = signal.Signals(-self.code).name
             return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-        last = self.error_output.rpartition("\n")[2]
+        last = self.error_output.removesuffix(HYDRAS_LAST_LINE).rpartition("\n")[2]
         return last if self.code == 1 and last else f"exit code {self.code} {last}".strip()
 
 
@@ -68,7 +68,6 @@ class ChildProcess:
         environment: Its whole environment; None for that of this process.
         stdout: File descriptor of its standard output.
         stderr: File descriptor of its standard error.
-        composed: The configuration that the arguments give, if it has been composed and checked already.
     """
 
     def __init__(
@@ -79,10 +78,9 @@ class ChildProcess:
         environment: Mapping[str, str] | None = None,
         stdout: int = 1,
         stderr: int = 2,
-        composed: Any = None,
     ) -> None:
-        outputs = (_Descriptor(stdout), _Descriptor(stderr))
-        given = (module, list(arguments), str(cwd or Path.cwd()), dict(environment or os.environ), composed)
+        outputs = [connection.Connection(os.dup(number)) for number in (stdout, stderr)]  # can be sent
+        given = (module, list(arguments), str(cwd or Path.cwd()), dict(environment or os.environ))
         with _one_at_a_time, launch.loading("PyTorch and Lightning"):  # by the server, before its first one
             self._process: BaseProcess = warm_up().Process(target=_become, args=(*given, *outputs), name=module)
             own = multiprocessing.get_start_method(allow_none=True)
@@ -91,6 +89,8 @@ class ChildProcess:
                 self._process.start()
             finally:
                 multiprocessing.set_start_method(own, force=True)
+                for each in outputs:
+                    each.close()
 
     @property
     def pid(self) -> int:
@@ -134,7 +134,6 @@ def run(
     should_stop: Callable[[], bool] = lambda: False,
     poll_seconds: float = 0.5,
     threads: int | None = None,
-    composed: Any = None,
 ) -> Result:
     """Run ``python -m mnist_lit.<verb>`` to its end.
 
@@ -143,7 +142,6 @@ def run(
         quiet: Whether to hide its output.
         should_stop: Called every ``poll_seconds``; true asks the command to stop.
         threads: The number of CPU threads it may use; None leaves that to the environment.
-        composed: The configuration that the arguments give, if it has been composed and checked already.
 
     Raises:
         KeyboardInterrupt, Interrupted: This process was asked to stop. The command was stopped, too.
@@ -153,7 +151,7 @@ def run(
     with open(os.devnull, "wb") as nowhere:
         try:
             stdout = nowhere.fileno() if quiet else 1
-            command = ChildProcess(f"mnist_lit.{verb}", arguments, cwd, environment, stdout, send, composed)
+            command = ChildProcess(f"mnist_lit.{verb}", arguments, cwd, environment, stdout, send)
         finally:
             os.close(send)
     last: deque[str] = deque(maxlen=300)
@@ -229,48 +227,33 @@ def find_package() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([own, *(place for place in places if place not in ("", own))])
 
 
-class _Descriptor:
-    """A file descriptor that can be sent to another process."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __reduce__(self) -> Any:
-        return _detach, (reduction.DupFd(self.number),)
-
-
-def _detach(duplicate: Any) -> int:
-    return int(duplicate.detach())
-
-
 def _become(
     module: str,
     arguments: list[str],
     cwd: str,
     environment: dict[str, str],
-    composed: Any,
-    stdout: int,
-    stderr: int,
+    stdout: connection.Connection,
+    stderr: connection.Connection,
 ) -> None:
     """Turn the new process into what ``python -m <module>`` would be."""
     os.setsid()  # a Ctrl-C on the terminal is for the process that has started this one,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which passes it on
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    starter = multiprocessing.parent_process()
+    assert starter and starter.pid
+    parent.end_with(starter.pid)
     for given, own, stream in ((stdout, 1, sys.stdout), (stderr, 2, sys.stderr)):
-        os.dup2(given, own)
+        os.dup2(given.fileno(), own)
+        given.close()
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.chdir(cwd)
-    environment = _added_by_imports() | environment
-    os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment)  # the others are from imports in the server: Lightning sets one
     if (threads := environment.get("OMP_NUM_THREADS", "")).isdigit() and int(threads) and "torch" in sys.modules:
         import torch
 
         torch.set_num_threads(int(threads))  # it has read the variable in the server
     multiprocessing.set_start_method(None, force=True)  # what this process starts is not bound to how it was started
     sys.argv[1:] = arguments
-    launch.composed = composed
     sys.path.insert(0, cwd)
     sys.modules.pop(module, None)  # if the process that has started this one has it as its main module
     atexit.unregister(os._exit)  # is meant for the server
@@ -284,31 +267,3 @@ def _become(
     finally:
         # As Python ends a process, and multiprocessing does not, or in another order.
         compat.shut_down_like_interpreter()
-
-
-def _added_by_imports() -> dict[str, str]:
-    """The environment variables that imports in the server have set, such as Lightning's PYTORCH_NVML_BASED_CUDA_CHECK."""
-    if multiprocessing.get_start_method() != "forkserver":
-        return {}
-    before = Path(f"/proc/{os.getppid()}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
-    names = {each.partition("=")[0] for each in before}
-    return {name: value for name, value in os.environ.items() if name not in names}
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    _end()
-
-
-@cache
-def end_with(parent: int) -> None:
-    """Stop this process, as SIGTERM would, when its parent has ended."""
-    ranks.when_parent_ends(parent, _end)
-
-
-def _end() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(SECONDS_TO_STOP)
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import Interrupted, UserError, compat
-from mnist_lit.cli import ranks
+from mnist_lit.cli import parent, ranks
 from mnist_lit.cli.config import (
     CONF,
     ConfigFiles,
@@ -31,7 +31,8 @@ from mnist_lit.cli.config import (
 from mnist_lit.storage import runs
 from mnist_lit.storage.trust import require_trusted, targets
 
-composed: Any = None  # the configuration, with Hydra's part, if another process has composed and checked it
+log_crash = logging.getLogger("mnist_lit.crash")  # goes to the log file alone
+
 current: Any = None  # the ``VerbRun``, or the sweep, of this process, for ``callbacks.Prepare``
 tracebacks = False  # whether debug=true or HYDRA_FULL_ERROR=1 asks for the traceback of a UserError
 
@@ -68,10 +69,7 @@ def launch(
     hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     try:
         with files.errors_as_user_errors(flags.overrides), _exceptions_from_hydra():
-            if composed:
-                ranks.tell_children()
-                compat.run_composed(command, composed)
-            elif flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
+            if flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
                 if not sweep:
                     raise UserError("-m: only train makes sweeps")
                 if ranks.by_torchrun():
@@ -130,12 +128,12 @@ class VerbRun:
 
         tracebacks = config.get("debug") is True or tracebacks
         if not (self.run_folder and ranks.is_started_by_another()):
-            ranks.tell_children()
+            parent.tell_children()
         if not self.run_folder:
             _check(self.verb, config)
             return
         if ranks.is_started_by_another():
-            ranks.end_with_parent()
+            ranks.end_with_starter()
         if ranks.by_torchrun():
             ranks.take_torchruns_numbers(config)
             folder, start = ranks.decided_by_first(lambda: self._decide(config))
@@ -175,10 +173,12 @@ class VerbRun:
                 self.work(**values)
         except UserError as error:
             if self.run_folder and ranks.is_first():
+                if error.__cause__ and not isinstance(error, ranks.LostProcessError):
+                    log_crash.error("%s", error, exc_info=error)  # a user need not see it, a developer may have to
                 _remove_traces(folder, self.verb)
             self.error = error  # if raised here, Hydra would print a traceback
         except Exception:
-            logging.getLogger("mnist_lit.crash").exception("the run failed")  # into the log file
+            log_crash.exception("the run failed")
             raise
 
     def _decide(self, config: Any) -> tuple[str, str | None]:
@@ -224,24 +224,6 @@ def _check(verb: str, config: Any) -> None:
         _refuse_what_is_missing(checked_values(verb, config).get("trainer", {}))
 
 
-def for_another_process(verb: str, config: Any) -> Any:
-    """A composed configuration, checked, for the process that will run it.
-
-    Returns:
-        None if it is invalid: then the process composes it itself, and reports the error.
-    """
-    from omegaconf import OmegaConf, open_dict, read_write
-
-    try:
-        _check(verb, config)
-    except UserError:
-        return None
-    with read_write(config.hydra), open_dict(config.hydra):
-        for plugin in ("launcher", "sweeper"):  # pickle rejects classes that Hydra has reimported
-            config.hydra[plugin] = OmegaConf.to_container(config.hydra[plugin])
-    return config
-
-
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
     """In this block, which imports packages, collect no garbage, and after a second print what is being loaded."""
@@ -262,6 +244,24 @@ def loading(what: str) -> Iterator[None]:
             atexit.register(gc.unfreeze)  # otherwise some report a leak at exit
         if collects:
             gc.enable()
+
+
+@contextlib.contextmanager
+def stopped_by_signals(hint: Callable[[], str]) -> Iterator[None]:
+    """In this block, Ctrl-C and SIGTERM raise ``Interrupted``.
+
+    Args:
+        hint: Gives the end of the message: how to continue.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(number, f"stopped by SIGTERM{hint()}")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(signal.SIGINT, f"stopped by Ctrl-C{hint()}") from error
 
 
 def claimed(key: str, value: str | None, typed: bool) -> Path:

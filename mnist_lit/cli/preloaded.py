@@ -32,6 +32,7 @@ import tqdm.contrib.logging
 PIL.Image.init()
 inspect.getmodule(inspect.currentframe())  # makes a table of all modules, for which torch asks with each operator
 if any("multiprocessing.forkserver" in argument for argument in sys.orig_argv):
+    os.environ.pop("OPENBLAS_NUM_THREADS", None)  # was for the import
     gc.freeze()
     atexit.register(os._exit, 0)  # taking it all down takes seconds, in which a pipe that it has inherited stays open
 gc.enable()

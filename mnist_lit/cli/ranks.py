@@ -7,8 +7,6 @@ starts all processes, on one machine or several, and connects them through a sto
 import json
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,13 +14,13 @@ from functools import cache
 from typing import Any, TypeVar
 
 from mnist_lit import UserError
+from mnist_lit.cli import parent
 from mnist_lit.cli.config import key_of
 
 T = TypeVar("T")
 
-PARENT = "MNIST_LIT_PARENT"  # environment variable with the process ID of the run's first process
 LONGEST_PREPARATION = timedelta(minutes=5)
-GRACE = 20  # seconds for a process to end by itself once the one that started it is gone
+GRACE = 3  # seconds for a process to say that another one has died, once the one that started it is gone
 FIRST_SAYS_IT = 3  # seconds for the first process to report an error that all of them have, and to end the others
 
 
@@ -93,31 +91,9 @@ def _store() -> Any:
     return next(torch.distributed.rendezvous("env://", timeout=LONGEST_PREPARATION))[0]
 
 
-def tell_children() -> None:
-    """Tell the processes that this one starts whose end to watch for; it may come before they can look."""
-    os.environ[PARENT] = str(os.getpid())
-
-
-def end_with_parent() -> None:
-    """From now on, this process ends soon after the one that started it, whatever it is waiting for."""
-
-    def end() -> None:
-        time.sleep(GRACE)
-        os.write(2, b"the process that started this one is gone: exiting\n")
-        os._exit(1)
-
-    when_parent_ends(os.getppid() if by_torchrun() else int(os.environ.get(PARENT, os.getppid())), end)
-
-
-def when_parent_ends(parent: int, end: Callable[[], None]) -> None:
-    """Call ``end`` in a thread once ``parent`` is no longer this process's parent."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        end()
-
-    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+def end_with_starter() -> None:
+    """From now on, this process ends soon after torchrun's agent, or the first process, which has started it."""
+    parent.end_with(os.getppid() if by_torchrun() else int(os.environ.get(parent.PARENT, os.getppid())), GRACE)
 
 
 @contextmanager

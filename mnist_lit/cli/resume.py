@@ -1,7 +1,6 @@
 """``resume=``: finds the run and checkpoint to resume from, and merges allowed overrides into its configuration."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,12 @@ import yaml
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten
+from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, CLASSES, MAY_CHANGE, is_one_of
 from mnist_lit.storage import runs
 from mnist_lit.storage.checkpoint_file import corruption, with_current_names
 
-# Keys that may change without changing the run: where the data are (their checksum is compared), what is shown and
-# recorded, and the hardware, although another device or number of threads changes the last bits.
-MAY_CHANGE = (
-    *("resume", "trust", "data.dir", "data.source", "logger", "checkpoint", "model.cpu_kernel"),
-    *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
-    *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
-)
-
-# Arguments of schedulers for which null means the whole run.
-SCHEDULED_OVER_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
 SECTIONS = ("data", "model", "optimizer", "trainer")  # what a run's ``config.yaml`` has at least
 MAX_BYTES = 2**20  # of a ``config.yaml``
-
-# The classes of runs whose ``config.yaml`` does not name them, which is an older one.
-TARGETS = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Trainer"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not the configuration of a run ({reason})") from error
     config |= {section: with_current_names(config[section]) for section in ("model", "optimizer")}
-    return config | {section: {"_target_": target, **config[section]} for section, target in TARGETS.items()}
+    return config | {section: {"_target_": target, **config[section]} for section, target in CLASSES.items()}
 
 
 def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any]:
@@ -115,7 +102,7 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     own, new = flatten(run.config), flatten(asked)
     different = sorted(key for key in typed if own.get(key) != new.get(key))
     epochs = "trainer.max_epochs"
-    other = [key for key in different if not may_change(key) and key != epochs]
+    other = [key for key in different if not is_one_of(key, MAY_CHANGE) and key != epochs]
     if other:
         differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)
         raise UserError(f"{run.folder} is another run: {differences}; remove these overrides to resume it")
@@ -123,7 +110,7 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
         before, after = (math.inf if each.get(epochs) in (-1, None) else each[epochs] for each in (own, new))
         if isinstance(after, int) and after < before:  # Lightning refuses what is no number
             raise UserError(f"{run.folder} has max_epochs={own.get(epochs)}: it can only be increased")
-        if open_length := next((key for key in SCHEDULED_OVER_THE_RUN if own.get(key, "") is None), None):
+        if open_length := next((key for key in AS_LONG_AS_THE_RUN if own.get(key, "") is None), None):
             raise UserError(f"{run.folder} has {open_length}=null: its schedule ends with the run, which stays as long")
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
     for key in different:
@@ -133,8 +120,3 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
         elif name:
             values[section][name] = new[key]
     return {**values, "resume": str(run.start)}
-
-
-def may_change(key: str, free: Iterable[str] = MAY_CHANGE) -> bool:
-    """Whether ``key``, or its section, may change without changing the run."""
-    return any(key == each or key.startswith(f"{each}.") for each in free)

@@ -14,8 +14,8 @@ from typing_extensions import TypedDict  # pydantic wants this one below Python 
 from mnist_lit import UserError
 from mnist_lit.build import must_be
 from mnist_lit.cli.errors import suggestion
+from mnist_lit.cli.keys import CLASSES
 
-OWN_DATA = "mnist_lit.data.MNISTDataModule"
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
@@ -132,7 +132,7 @@ def check(verb: str, values: Mapping[str, Any]) -> None:
         UserError: A value has a wrong type or is out of range.
     """
     data = values.get("data")
-    if isinstance(data, dict) and data.get("_target_", OWN_DATA) != OWN_DATA:
+    if isinstance(data, dict) and data.get("_target_", CLASSES["data"]) != CLASSES["data"]:
         values = {**values, "data": {}}  # another class knows its own arguments
     try:
         _adapter(verb).validate_python(values)

@@ -1,9 +1,12 @@
 """The results of a run: the content of ``metrics.json``, and the tables on the terminal."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mnist_lit import UserError
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import SAMPLE_NAME
 
@@ -35,6 +38,23 @@ def results_of_finished_run(folder: Path, max_epochs: int | None) -> dict[str, A
     except FileNotFoundError:
         return None
     return results if results["max_epochs"] == max_epochs else None
+
+
+@contextmanager
+def only_showing(what: str, folder: Path, results: str = "metrics.json") -> Iterator[None]:
+    """In this block, which only shows results, any exception becomes a ``UserError`` that says where they are.
+
+    Args:
+        what: What the block writes.
+        results: The file in ``folder`` that has them.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
+        where = runs.display_path(folder.absolute() / results)
+        raise UserError(f"{what} cannot be written ({reason}); the results are in {where}") from error
 
 
 def training_table(results: dict[str, Any], folder: Path) -> str:

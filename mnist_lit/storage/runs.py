@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ from mnist_lit.storage.atomic import WriteError, atomic_write, remove_unfinished
 from mnist_lit.storage.checkpoint_file import corruption
 
 BEST, LAST, PREVIOUS, NEW = (f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous", "new"))
+SECONDS_TO_WAIT = 5.0  # for the lock: processes whose parent was killed end within this time
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy")
 
 
@@ -117,22 +119,48 @@ def reopen(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> 
     atomic_write(folder / "config.yaml", _config_text(config, data_facts).encode())
 
 
+_held: list[int] = []  # the handles of the folders that this process has locked
+
+
+def _release_in_fork() -> None:
+    """A forked process, such as a DataLoader's worker, would hold the lock as long as it lives."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_release_in_fork)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold an exclusive lock on the run in ``folder``; the system releases it when the process ends, however it ends.
+
+    It waits a few seconds for the processes of a killed run to end.
 
     Raises:
         UserError: Another process holds it, or the folder cannot be created.
     """
     make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
+    _held.append(handle)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle, folder)
         yield
-    except BlockingIOError as error:
-        raise UserError(f"{folder}: another process is using this folder") from error
     finally:
-        os.close(handle)
+        if handle in _held:  # not in a fork
+            _held.remove(handle)
+            os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    end = time.monotonic() + SECONDS_TO_WAIT
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                raise UserError(f"{folder}: another process is using this folder") from error
+            time.sleep(0.2)
 
 
 def _config_text(config: dict[str, Any], data_facts: dict[str, Any]) -> str:

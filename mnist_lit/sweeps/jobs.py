@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mnist_lit.cli import resume
+from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
 from mnist_lit.storage.atomic import atomic_write
 
 FILE = "job.json"  # in a job's folder: its overrides and status
@@ -37,7 +37,7 @@ class Job:
     @classmethod
     def read(cls, folder: Path) -> "Job":
         job = cls(folder, **json.loads((folder / FILE).read_text(encoding="utf-8")))
-        if job.results:  # it may have finished after the sweep was killed
+        if job.results and job.status != "failed":  # it may have finished after the sweep was killed
             job.status, job.reason = "finished", ""
         return job
 
@@ -74,6 +74,6 @@ def identity(config: dict[str, Any], swept: Iterable[str]) -> str:
     """A key that is equal for jobs with the same results: the configuration without hardware and data folder, except
     for keys that are swept over."""
     keys = [key.lstrip("+~") for key in swept] + ["data.source"]
-    free = [each for each in resume.MAY_CHANGE if not any(key == each or key.startswith(f"{each}.") for key in keys)]
-    decisive = {key: value for key, value in config.items() if not resume.may_change(key, free)}
+    free = [each for each in MAY_CHANGE if not any(is_one_of(key, [each]) for key in keys)]
+    decisive = {key: value for key, value in config.items() if not is_one_of(key, free)}
     return json.dumps(decisive, sort_keys=True, default=str)

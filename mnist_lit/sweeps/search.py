@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from mnist_lit import UserError
-from mnist_lit.cli import job, launch
+from mnist_lit.cli import job
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, key_of, quoted
 from mnist_lit.cli.errors import suggestion
 from mnist_lit.storage import runs
@@ -182,7 +182,6 @@ class Search:
 
     def __post_init__(self) -> None:
         self.stop = threading.Event()
-        self.composing = threading.Lock()  # Hydra's state is global
         self.silent_since: dict[int, float] = {}  # running trials that have not sent a heartbeat yet
 
     def run(self) -> None:
@@ -190,7 +189,8 @@ class Search:
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 working = {pool.submit(self._work) for _ in range(self.workers)}
-                import mnist_lit.sweeps.tune_report  # noqa: F401  # takes seconds, so while the first trials run
+                with contextlib.suppress(Exception):  # the report says it
+                    import optuna.visualization.matplotlib  # noqa: F401  # takes seconds, so while the first trials run
 
                 while working:
                     with contextlib.suppress(OptunaError):  # the database is busy, or another process was faster
@@ -253,10 +253,11 @@ class Search:
             quiet=True,
             should_stop=lambda: self.stop.is_set() or should_prune(),
             threads=max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None,
-            composed=self._composed(overrides),
         )
         pruned, stopped = should_prune(), self.stop.is_set()
-        if ended.code == 0 and best:
+        if best and (folder / "metrics.json").exists():
+            if ended.code:
+                log.warning("trial %d: %s", trial.number, ended.reason)
             return max(best.values())
         if pruned and not stopped:
             raise optuna.TrialPruned
@@ -275,12 +276,6 @@ class Search:
         pending = (TrialState.RUNNING, TrialState.WAITING)
         ahead = sum(each.state in pending and each.number < trial.number for each in trials)
         return sum(map(counts, trials)) + ahead >= self.n_trials
-
-    def _composed(self, overrides: Sequence[str]) -> Any:
-        """A trial's configuration; None if it is invalid, so that the trial's own command reports it."""
-        with self.composing, contextlib.suppress(UserError), self.files.errors_as_user_errors(overrides):
-            return launch.for_another_process("train", self.files.compose(overrides))
-        return None
 
     def _after_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Log how a trial ended, since Optuna logs a traceback for a failure; give up if the first trials all fail."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_lit.cli.resume import may_change
+from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
+from mnist_lit.reports.results import only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.tables import text_table, to_csv
@@ -40,17 +41,19 @@ class Group:
 
 
 def summarize(folder: Path) -> None:
-    """Write the summary of the sweep in ``folder``, and log its table.
+    """Log the table of the sweep in ``folder``, and write its summary.
 
     Raises:
-        WriteError: Existing files are left as they were.
+        UserError: A file cannot be written; an existing one is left as it was.
     """
     groups, ranked = best_first(read_jobs(folder))
-    atomic_write(folder / "summary.csv", _csv(groups, ranked))
-    if any(job.results for group in groups for job in group.jobs):
-        _plot(groups, folder / "summary.png")
     shown = runs.display_path(folder.absolute())
     log.info("\n%s\n\nthe sweep is in %s: summary.csv, summary.png", table(groups, ranked), shown)
+    with only_showing("summary.csv", folder, "*/metrics.json"):
+        atomic_write(folder / "summary.csv", _csv(groups, ranked))
+    if any(job.results for group in groups for job in group.jobs):
+        with only_showing("summary.png", folder, "summary.csv"):
+            _plot(groups, folder / "summary.png")
 
 
 def best_first(jobs: list[Job]) -> tuple[list[Group], bool]:
@@ -60,7 +63,8 @@ def best_first(jobs: list[Job]) -> tuple[list[Group], bool]:
         The groups, and whether they are sorted: every finished job needs a validation accuracy.
     """
     swept = sorted({key for job in jobs for key in job.swept})
-    keys = [key for key in differing(jobs) if key != "seed" and (key in swept or not may_change(key.lstrip("+~")))]
+    free = ("seed", *MAY_CHANGE)
+    keys = [key for key in differing(jobs) if (key in swept and key != "seed") or not is_one_of(key.lstrip("+~"), free)]
     by_identity: dict[str, Group] = {}
     for job in jobs:
         group = Group(title(job.overrides, keys), [])
@@ -74,7 +78,7 @@ def best_first(jobs: list[Job]) -> tuple[list[Group], bool]:
 
 
 def table(groups: list[Group], ranked: bool) -> str:
-    """A line for each group, and one for each job without results."""
+    """A line for each group, and one for each job that has not finished."""
     jobs = [job for group in groups for job in group.jobs]
     metrics = [key for key in METRICS[:4] if any(group.values(key) for group in groups)]
     rows = [["", "jobs", *("validation acc" if key == "val/acc" else key.replace("/", " ") for key in metrics)]]
@@ -88,7 +92,7 @@ def table(groups: list[Group], ranked: bool) -> str:
         lines.append("best first, by the accuracy on the validation images" if ranked else NOT_RANKED)
     keys = differing(jobs)
     for job in jobs:
-        if not job.results:
+        if job.status != "finished":
             lines.append(": ".join(filter(None, (job.status, title(job.overrides, keys), job.reason))))
     return "\n".join(lines)
 

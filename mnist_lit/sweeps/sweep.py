@@ -8,16 +8,16 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import socket
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_lit import Interrupted, UserError, compat
-from mnist_lit.cli import job, launch, resume
+from mnist_lit import UserError, compat
+from mnist_lit.cli import job, launch, parent
 from mnist_lit.cli.config import CONF, ConfigFiles, flatten, key_of, plain_values, quoted
+from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.sweeps.jobs import Job, differing, identity, read_jobs, title
@@ -100,17 +100,15 @@ def _name(overrides: dict[str, str], swept: Sequence[str]) -> str:
 
 
 class Sweep:
-    """What Hydra's launcher calls, perhaps in another process or on another machine, with each job's configuration.
+    """What Hydra's launcher calls for each job, perhaps in another process or on another machine.
 
     Attributes:
         jobs: By their numbers.
         keys: Those by whose values the jobs differ.
         for_each: Arguments for each job's command besides its overrides.
-        output_subdir: ``hydra.output_subdir`` of each job.
         quiet: Whether to hide the output of the jobs, because they run side by side.
     """
 
-    output_subdir: str | None = None
     quiet = False
 
     def __init__(self, verb: str, files: ConfigFiles) -> None:
@@ -126,36 +124,28 @@ class Sweep:
 
         launch.tracebacks = self.tracebacks
         launch.show_tracebacks_as_asked()
-        if os.getppid() == self.process:  # joblib's processes would wait forever for a killed parent
-            job.end_with(self.process)
+        if os.getpid() != self.process and self.host == socket.gethostname():
+            parent.end_with(self.process)  # joblib's processes, for one, would wait forever
         number = HydraConfig.get().job.num
         mine = self.jobs[number]
         if any(each.folder == mine.folder for each in self.jobs[:number]):
             return  # a duplicate
         place, asked = f"job {number + 1} of {len(self.jobs)}", title(mine.overrides, self.keys)
         if (mine.folder / "metrics.json").exists():
+            mine.status, mine.reason = "finished", ""
             mine.write()  # the sweep may have been killed before it could write this
             log.info("%s has been run: %s", place, asked)
             return
-        if self._is_over():
-            return
         log.info("%s: %s", place, asked)
         started = time.monotonic()
-        mine.status = "running"
+        mine.status, mine.reason = "running", ""
         mine.write()
         try:
-            arguments, composed = self._arguments(mine), self._composed(mine, config)
-            ended = job.run(self.verb, arguments, self.cwd, self.quiet, should_stop=self._is_over, composed=composed)
-            finished = ended.code == 0 and bool(mine.results)
-            mine.status = "finished" if finished else "failed"
-            mine.reason = (
-                ""
-                if finished
-                else "it ended without results"
-                if ended.code == 0
-                else ended.reason.removeprefix(f"{self.verb}: ")
-            )
-            if not finished:
+            ended = job.run(self.verb, self._arguments(mine), self.cwd, self.quiet)
+            mine.status = "finished"
+            if ended.code or not mine.results:
+                reason = ended.reason.removeprefix(f"{self.verb}: ") if ended.code else "it ended without results"
+                mine.status, mine.reason = "failed", reason
                 atomic_write(mine.folder / "error.txt", f"{ended.error_output}\n".encode())
         except BaseException:
             mine.status, mine.reason = "stopped", "the sweep was stopped"
@@ -163,43 +153,16 @@ class Sweep:
         finally:
             mine.seconds = time.monotonic() - started
             mine.write()
-        found = [
-            f"{key} {mine.results[key]:.4f}" for key in ("val/acc", "test/acc") if mine.results.get(key) is not None
-        ]
-        log.info("%s %s: %s  %s", place, mine.status, asked, "  ".join(found) or mine.reason)
+        found = [(key, mine.results.get(key)) for key in ("val/acc", "test/acc")]
+        figures = "  ".join(f"{key} {value:.4f}" for key, value in found if value is not None)
+        log.info("%s %s: %s  %s", place, mine.status, asked, mine.reason or figures)
 
     def _arguments(self, mine: Job) -> list[str]:
         each = [f"{key}={value}" for key, value in mine.overrides.items()]
         if (mine.folder / "config.yaml").exists():  # begun, and not finished
-            each = [override for override in each if resume.may_change(override.split("=")[0])]
+            each = [override for override in each if is_one_of(override.split("=")[0], MAY_CHANGE)]
             return [*each, *self.for_each, quoted(f"resume={mine.folder}")]
         return [*each, *self.for_each, quoted(f"hydra.run.dir={mine.folder}")]
-
-    def _composed(self, mine: Job, config: Any) -> Any:
-        """The job's configuration, as a run in the job's folder; None if the job's command has to compose it itself,
-        which it does to resume."""
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-        from omegaconf import open_dict, read_write
-
-        if (mine.folder / "config.yaml").exists():
-            return None
-        with open_dict(config):
-            config.hydra = HydraConfig.get()
-        with read_write(config.hydra):
-            config.hydra.mode, config.hydra.output_subdir = RunMode.RUN, self.output_subdir
-            config.hydra.run.dir = str(mine.folder)
-        return launch.for_another_process(self.verb, config)
-
-    def _is_over(self) -> bool:
-        """Whether the process that runs the sweep has ended; only known on the same machine."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            os.kill(self.process, 0)
-        except ProcessLookupError:
-            return True
-        return False
 
 
 def run(verb: str, files: ConfigFiles, flags: Any, hydra_main: Any) -> None:
@@ -210,19 +173,17 @@ def run(verb: str, files: ConfigFiles, flags: Any, hydra_main: Any) -> None:
     """
     with contextlib.ExitStack() as stack:
         launch.current = command = SweepCommand(verb, files, flags, stack)
-        signal.signal(signal.SIGTERM, _stopped)
         try:
-            hydra_main(command.task)()
-        except KeyboardInterrupt as error:
-            raise Interrupted(signal.SIGINT, f"stopped by Ctrl-C{command.again}") from error
-        except Interrupted as stopped:
-            raise Interrupted(stopped.signal, f"stopped by SIGTERM{command.again}") from stopped
+            with launch.stopped_by_signals(lambda: command.again):
+                hydra_main(command.task)()
         except Exception as error:
             if not command.task.jobs:  # not begun
                 raise
             raise UserError(f"the launcher failed ({type(error).__name__}: {error}){command.again}") from error
-    if failed := sum(not job.results for job in command.task.jobs):
-        raise UserError(f"{failed} of {len(command.task.jobs)} jobs failed{command.again}")
+    failed = sum(Job.read(each.folder).status != "finished" for each in command.task.jobs)
+    problems = [f"{failed} of {len(command.task.jobs)} jobs failed"] if failed else []
+    if problems := [*problems, *filter(None, [command.without_summary])]:
+        raise UserError("; ".join(problems) + command.again)
 
 
 class SweepCommand:
@@ -236,6 +197,7 @@ class SweepCommand:
         self.flags, self.stack = flags, stack
         self.task = Sweep(verb, files)
         self.again = ""  # how to continue, as the end of a message
+        self.without_summary = ""  # why it could not be written
 
     def prepare(self, config: Any) -> None:
         from omegaconf import open_dict, read_write
@@ -257,7 +219,7 @@ class SweepCommand:
         for_each = [override for override in hydras if not OF_THE_SWEEP.match(override)] + ["hydra.mode=RUN"]
         for_each += [f"--config-name={self.flags.config_name}"] if self.flags.config_name else []
         for_each += [f"--config-dir={self.flags.config_dir}"] if self.flags.config_dir else []
-        self.task.for_each, self.task.output_subdir = for_each, config.hydra.output_subdir
+        self.task.for_each = for_each
         self.task.quiet = not config.hydra.launcher._target_.endswith(".BasicLauncher")  # jobs run side by side
         self.task.keys = differing(self.task.jobs)
         with read_write(config.hydra), open_dict(config.hydra):
@@ -268,8 +230,7 @@ class SweepCommand:
             log.warning(NOT_RANKED)
 
     def finish(self, config: Any) -> None:
-        summarize(Path(config.hydra.sweep.dir))
-
-
-def _stopped(number: int, frame: Any) -> None:
-    raise Interrupted(number, "stopped")
+        try:
+            summarize(Path(config.hydra.sweep.dir))
+        except UserError as error:
+            self.without_summary = str(error)

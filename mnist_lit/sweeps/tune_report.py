@@ -5,15 +5,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
-import optuna.importance
-import optuna.visualization.matplotlib as visualization
+import optuna
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, plain_values
+from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
+from mnist_lit.reports.results import only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.tables import short, text_table, to_csv
@@ -21,8 +20,7 @@ from mnist_lit.storage.tables import short, text_table, to_csv
 log = logging.getLogger("mnist_lit.tune")
 
 PLOTS = ("optimization_history", "param_importances", "slice", "intermediate_values", "parallel_coordinate")
-# Where a run reads its data and what it writes are not among its settings.
-EXCLUDED = ("data.dir", "data.source", "logger", "trainer.enable_", "resume")
+NOT_SETTINGS = (*MAY_CHANGE, "trainer.enable_checkpointing")  # trials write none
 MAX_ROWS = 10  # of the table on the terminal
 
 
@@ -30,8 +28,7 @@ def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: C
     """Write the results of ``study`` to ``folder``, and log the best of them.
 
     Raises:
-        UserError: No trial completed.
-        WriteError: Existing files are left as they were.
+        UserError: No trial completed, or a file cannot be written; an existing one is left as it was.
     """
     trials, shown = study.get_trials(deepcopy=False), runs.display_path(folder)
     atomic_write(folder / "trials.csv", _csv(trials))
@@ -43,7 +40,6 @@ def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: C
     (folder / "experiment").mkdir(exist_ok=True)
     content = experiment(best, study.study_name, overrides, files)
     atomic_write(folder / "experiment" / "best.yaml", content.encode())
-    _plot(study, folder, PLOTS if len(complete) > 1 else PLOTS[:1])
     rows = [["trial", "val/acc", *keys]]
     rows += [[str(t.number), f"{t.value:.4f}", *(short(t.params[key]) for key in keys)] for t in complete[:MAX_ROWS]]
     failed = [trial for trial in trials if "reason" in trial.user_attrs]
@@ -54,6 +50,8 @@ def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: C
         f"to train with the best settings: python -m mnist_lit.train --config-dir={shown} experiment=best",
     ]
     log.info("\n%s\n\n%s", text_table(rows, ">"), "\n".join(lines))
+    with only_showing("the plots", folder, "trials.csv"):
+        _plot(study, folder, PLOTS if len(complete) > 1 else PLOTS[:1])
 
 
 def experiment(trial: FrozenTrial, study: str, overrides: Sequence[str], files: ConfigFiles) -> str:
@@ -65,7 +63,7 @@ def experiment(trial: FrozenTrial, study: str, overrides: Sequence[str], files: 
     groups = [{f"override /{group}": choices[group]} for group in ("model", "optimizer")]
     changes = OmegaConf.create({"defaults": groups})
     for key, value in flatten(plain_values(config)).items():
-        if (key not in defaults or defaults[key] != value) and not key.startswith(EXCLUDED):
+        if (key not in defaults or defaults[key] != value) and not is_one_of(key, NOT_SETTINGS):
             OmegaConf.update(changes, key, value, force_add=True)
     head = f"The best of the study {study}: validation accuracy {trial.value:.4f} in trial {trial.number}."
     return f"# @package _global_\n# {head}\n{OmegaConf.to_yaml(changes)}"
@@ -89,6 +87,10 @@ def _csv(trials: Sequence[FrozenTrial]) -> bytes:
 
 
 def _plot(study: optuna.Study, folder: Path, names: Sequence[str]) -> None:
+    import matplotlib
+    import matplotlib.pyplot as plt
+    import optuna.visualization.matplotlib as visualization
+
     matplotlib.use("Agg")
     logging.getLogger("matplotlib.category").setLevel(logging.WARNING)  # it mentions numeric choices
     with warnings.catch_warnings(action="ignore"):  # Optuna's matplotlib plots are experimental

@@ -1,0 +1,25 @@
+"""The keys of the configuration that stand for more than a value; ``schema`` has the types of all."""
+
+from collections.abc import Iterable
+
+# Their values are paths: Hydra's grammar would choke on spaces, =, commas, ~ or umlauts in them.
+PATHS = (
+    *("data.dir", "hydra.run.dir", "hydra.sweep.dir", "storage", "resume", "ckpt"),
+    *("images", "output", "contact_sheet", "source", "target"),
+)
+# They may change without changing the run: where the data are (their checksum is compared), what is shown and recorded,
+# and the hardware, although another device or number of threads changes the last bits.
+MAY_CHANGE = (
+    *("resume", "trust", "data.dir", "data.source", "logger", "checkpoint", "model.cpu_kernel"),
+    *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
+    *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
+)
+# Null stands for the length of the whole run, which then cannot change.
+AS_LONG_AS_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
+# The classes of sections that need not name one: those of older runs.
+CLASSES = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Trainer"}
+
+
+def is_one_of(key: str, keys: Iterable[str]) -> bool:
+    """Whether ``key``, or a section that it is in, is among ``keys``."""
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
