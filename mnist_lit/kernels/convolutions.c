@@ -25,8 +25,9 @@
 #include <cpuid.h>
 #endif
 
-/* The library carries this file, so that library.py can see whether it was compiled from the file as it is now. */
-__asm__(".incbin \"" __FILE__ "\"");
+/* The library carries this file, so that library.py can see whether it was compiled from the file as it is now. The symbol
+ * is for linkers that leave out what nothing can refer to. */
+__asm__(".globl mnist_lit_source\nmnist_lit_source: .incbin \"" __FILE__ "\"");
 
 /* A block of the matrix product: ROWS x VECTORS sums stay in registers, of which AVX-512 has 32 and the others 16. */
 #define ROWS 4
