@@ -22,7 +22,7 @@ ARGS ?=
 # Where the full MNIST is or goes, for demo, results, bench and fidelity.
 DATA ?= data
 
-.PHONY: help base setup train demo test test-all check results peers bench fidelity soak lock
+.PHONY: help base setup train demo test test-all check results peers bench fidelity soak sanitize lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,7 +41,8 @@ base:  ## make .venv with the package and what training needs, as requirements.l
 	@$(INSTALL) requirements.lock
 	@$(RUN) -c 'import importlib.metadata as m; m.version("mnist_lit")' 2>/dev/null || \
 		$(UV) pip install --quiet --python $(RUN) --no-deps --no-build-isolation -e .
-	@$(RUN) -W ignore -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
+	@$(RUN) -m mnist_lit.kernels.library || \
+		$(RUN) -W ignore -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
 
 setup: base  ## add everything else: the other verbs, launchers, tests (requirements-dev.lock)
 	@$(INSTALL) requirements-dev.lock
@@ -85,6 +86,9 @@ fidelity: peers  ## train with many seeds, here and with Keras (DATA=FOLDER; hou
 soak: setup  ## kill runs and a sweep at random moments and go on with them: the same results every time?
 	$(RUN) -W ignore tests/soak.py $(ARGS)
 	$(RUN) tests/soak_sweep.py
+
+sanitize: base  ## run the C under the address, undefined-behaviour and thread sanitizers (gcc or clang; two minutes)
+	$(RUN) tests/sanitize.py $(ARGS)
 
 lock: setup  ## renew both lock files from pyproject.toml
 	$(COMPILE) --upgrade --all-extras --group dev -o requirements-dev.lock

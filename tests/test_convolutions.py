@@ -2,42 +2,45 @@
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, assert_same, small
+from sanitize import sanitize
 from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_lit.kernels import convolutions as room
+from mnist_lit.kernels import library
 from mnist_lit.kernels.convolutions import convolutions, plain
 from mnist_lit.network import TutorialCNN
 
-SETS = list(room.LIBRARIES)
-BEST = torch.backends.cpu.get_cpu_capability()
+SETS = list(library.LANES)
+BEST = room.instruction_set()
 
-pytestmark = pytest.mark.skipif(room.instruction_set() == "none", reason="no C compiler: the operator was not built")
+pytestmark = pytest.mark.skipif(BEST == "none", reason="no C compiler: the operator was not built")
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test finds the library, and says its lines, anew."""
-    for cached in (room._library, room._log_once):
+    for cached in (library.load, room._log_once):
         cached.cache_clear()
     yield
     monkeypatch.undo()
-    for cached in (room._library, room._log_once):
+    for cached in (library.load, room._log_once):
         cached.cache_clear()
 
 
 @pytest.fixture(params=SETS)
 def each_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if BEST not in SETS or SETS.index(request.param) < SETS.index(BEST):
+    if SETS.index(request.param) < SETS.index(BEST):
         pytest.skip(f"this CPU has no {request.param}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
     assert room.instruction_set() == request.param
@@ -161,10 +164,52 @@ def test_inputs_that_are_not_contiguous() -> None:
 
 def test_shapes_that_do_not_fit_are_refused_before_c_reads_past_their_ends() -> None:
     images, weights = torch.rand(2, 1, 40, 40), parameters()
-    with pytest.raises(ValueError, match=r"kept must be bool \(2, 64, 12, 12\)"):
+    with pytest.raises(ValueError, match=r"kept must be torch\.bool \[2, 64, 12, 12\]"):
         convolutions(images, *weights, kept=torch.ones(2, 64, 8, 8, dtype=torch.bool))
-    with pytest.raises(ValueError, match="weights"):
+    with pytest.raises(ValueError, match=r"weight2 must be torch\.float32 \[64, 32, 3, 3\], not .* \[64, 16, 3, 3\]"):
         convolutions(images, weights[0], weights[1], torch.rand(64, 16, 3, 3), weights[3])
+
+
+@pytest.mark.parametrize(
+    ("changed", "to", "message"),
+    [
+        ("images", torch.rand(2, 28, 28), r"images must be \[N, 1, H, W\]"),
+        ("images", torch.rand(2, 1, 3, 28), "at least 7x7 pixels"),
+        ("images", torch.rand(2, 1, 28, 28, dtype=torch.float64), r"not torch\.float64"),
+        ("weight1", torch.rand(32, 1, 1, 1), "weight1 must be"),
+        ("bias1", torch.rand(31), "bias1 must be"),
+        ("weight2", torch.rand(64, 1, 3, 3), "weight2 must be"),
+        ("features", torch.rand(2, 64, 8, 7), "features must be"),
+        ("winners", torch.zeros(2, 64, 8, 8), r"winners must be torch\.uint8"),
+        ("winners", torch.full((2, 64, 8, 8), 9, dtype=torch.uint8), "winners must be from 0 to 8, not 9"),
+        ("gradient", torch.ones(1, 64, 8, 8), "gradient must be"),
+        ("gradient", torch.ones(2, 64, 8, 8).half(), "gradient must be"),
+    ],
+)
+def test_backward_called_by_hand_refuses_what_would_lead_c_out_of_bounds(
+    changed: str, to: Tensor, message: str
+) -> None:
+    weight1, bias1, weight2, bias2 = (weight.detach() for weight in parameters())
+    images = torch.rand(2, 1, 28, 28)
+    features, winners = room.forward(images, weight1, bias1, weight2, bias2, None, 1.0)
+    good = {"images": images, "weight1": weight1, "bias1": bias1, "weight2": weight2, "scale": 1.0}
+    good |= {"features": features, "winners": winners, "gradient": torch.ones_like(features)}
+    torch.ops.mnist_lit.convolutions_backward(*good.values())
+    with pytest.raises(ValueError, match=message):
+        torch.ops.mnist_lit.convolutions_backward(*(good | {changed: to}).values())
+
+
+def test_floats_at_odd_addresses_are_copied_first() -> None:
+    torch.manual_seed(8)
+    images, weights = torch.rand(2, 1, 28, 28), [weight.detach() for weight in parameters()]
+    shifted = bytearray(b"-" + images.numpy().tobytes())
+    odd = torch.frombuffer(shifted, dtype=torch.float32, offset=1).view(images.shape)
+    assert odd.is_contiguous() and odd.data_ptr() % 4
+    held = room._plainly_stored(odd)
+    assert held.data_ptr() % 4 == 0
+    assert_same(held, images)
+    assert_same(convolutions(odd, *weights), convolutions(images, *weights))
+    assert room._plainly_stored(images) is images
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_theirs() -> None:
@@ -267,30 +312,132 @@ def test_autocast_export_and_transforms_take_plain_pytorch() -> None:
     torch.testing.assert_close(one_by_one, network(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The source and the libraries in a folder to spoil."""
+    shutil.copytree(library.FOLDER, tmp_path / "kernels")
+    monkeypatch.setattr(library, "FOLDER", tmp_path / "kernels")
+    return tmp_path / "kernels"
+
+
+def change_source(folder: Path) -> None:
+    with (folder / "convolutions.c").open("a") as file:
+        file.write("\n")
+
+
+def change_best_library(folder: Path) -> None:
+    path = library.path_of(BEST)
+    path.write_bytes(path.read_bytes().replace(b"The tutorial's", b"A tutorial's  "))
+
+
+def delete_libraries(folder: Path) -> None:
+    for path in folder.glob("*.so"):
+        path.unlink()
+
+
+def damage_libraries(folder: Path) -> None:
+    for path in folder.glob("*.so"):
+        path.write_bytes((folder / "convolutions.c").read_bytes())
+
+
 @pytest.mark.parametrize(
-    ("break_it", "reason"),
+    ("spoil", "reason"),
     [
-        (lambda folder: [path.unlink() for path in folder.glob("*.so")], "was not built"),
-        (lambda folder: os.utime(folder / "convolutions.c"), "is older than its source"),
-        (lambda folder: [path.write_bytes(b"") for path in folder.glob("*.so")], "does not load"),
+        (change_source, "was compiled from another version of convolutions.c (make setup rebuilds it)"),
+        (change_best_library, "was compiled from another version of convolutions.c (make setup rebuilds it)"),
+        (delete_libraries, "was not built (make setup builds it, with a C compiler)"),
+        (damage_libraries, "does not load"),
     ],
 )
-def test_without_a_good_library_plain_pytorch_runs(
-    break_it, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_34_without_a_good_library_plain_pytorch_runs_and_the_log_says_so_once(
+    spoil: Callable[[Path], None], reason: str, copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(room.FOLDER, tmp_path / "kernels")
-    for path in (tmp_path / "kernels").glob("*.c"):
-        os.utime(path, (0, 0))
-    monkeypatch.setattr(room, "FOLDER", tmp_path / "kernels")
-    break_it(tmp_path / "kernels")
+    spoil(copied)
+    for path in copied.glob("*.so"):
+        os.utime(path, (2**31, 2**31))  # later than the source
     images, weights = torch.rand(2, 1, 28, 28), parameters()
-    assert reason in room.why_plain(images, *weights)
-    assert_same(convolutions(images, *weights), plain(images, *weights))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert_same(convolutions(images, *weights), plain(images, *weights))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("convolutions: plain PyTorch, because ") and reason in line
 
 
-def test_a_cpu_without_a_library_of_its_own_takes_the_next_lower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_34_dates_do_not_matter_and_without_the_source_the_library_is_believed(copied: Path) -> None:
+    os.utime(copied / "convolutions.c", (2**31, 2**31))
+    assert room.instruction_set() == BEST
+    library.load.cache_clear()
+    (copied / "convolutions.c").unlink()
+    assert room.instruction_set() == BEST
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("make") and shutil.which("cc")), reason="no make, or no C compiler")
+def test_34_make_base_compiles_again_where_the_source_is_another_whatever_the_dates(tmp_path: Path) -> None:
+    """The end of ``make base``, which comes after what needs the network."""
+    for name in ("mnist_lit", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "Makefile", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    recipe = subprocess.check_output(["make", "-n", "base", f"RUN={sys.executable}"], cwd=tmp_path, text=True)
+    compile_if_needed = recipe[recipe.index(f"{sys.executable} -m mnist_lit.kernels.library") :]
+    folder = tmp_path / "mnist_lit" / "kernels"
+
+    def compiled() -> set[Path]:
+        """The libraries that a run of these lines makes."""
+        before = {path: path.stat().st_mtime for path in folder.glob("*.so")}
+        subprocess.run(compile_if_needed, shell=True, cwd=tmp_path, check=True)
+        return {path for path in folder.glob("*.so") if path.stat().st_mtime != before.get(path)}
+
+    everything = set(folder.glob("*.so"))
+    os.utime(folder / "convolutions.c", (2**31, 2**31))
+    assert not compiled()
+    change_source(folder)
+    assert compiled() == everything
+    # Now build/ has libraries too: give them, and those in the package, a date later than the source's.
+    change_source(folder)
+    for path in tmp_path.rglob("*.so"):
+        os.utime(path, (2**32, 2**32))
+    assert compiled() == everything
+    assert not compiled()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what the CPU has")
+def test_the_cpu_is_asked_and_torch_can_only_ask_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch believes ATEN_CPU_CAPABILITY, and does not ask for all that the compiler uses."""
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    there = set(flags[1].split()) if flags else set()  # none on other CPUs than Intel's and AMD's
+    v3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave", "sse4_2", "popcnt", "cx16", "lahf_lm"}
+    v4 = v3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    expected = "AVX512" if v4 <= there else "AVX2" if v3 <= there else "DEFAULT"
+    for capability in SETS:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert room.instruction_set() == max(capability, expected, key=SETS.index)
+
+
+def test_a_cpu_that_torch_knows_by_another_name_takes_the_library_for_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
     assert room.instruction_set() == "DEFAULT"
+
+
+def test_where_the_best_library_is_missing_the_next_one_runs(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if BEST == "DEFAULT":
+        pytest.skip("this CPU has no better library")
+    library.path_of(BEST).unlink()
+    assert room.instruction_set() == SETS[SETS.index(BEST) + 1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_sanitizers_find_nothing_and_would_find_something(tmp_path: Path) -> None:
+    """``make sanitize`` does more of it."""
+    source = library.FOLDER / "convolutions.c"
+    done = sanitize(source, 8, "address,undefined", 40, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "40 cases\n", "")
+    broken = tmp_path / "convolutions.c"
+    broken.write_text(source.read_text().replace("zeros(2 * size + up(Q, LANES))", "zeros(2 * size)"))
+    done = sanitize(broken, 8, "address,undefined", 40, tmp_path)
+    assert done.returncode and "heap-buffer-overflow" in done.stderr
 
 
 def test_a_training_run_with_and_without_it_agrees(tmp_path: Path) -> None:

@@ -21,10 +21,14 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifndef LANES
-#define LANES 4
+#ifdef __x86_64__
+#include <cpuid.h>
 #endif
+
+/* The library carries this file, so that library.py can see whether it was compiled from the file as it is now. The symbol
+ * is for linkers that leave out what nothing can refer to. */
+__asm__(".globl mnist_lit_source\nmnist_lit_source: .incbin \"" __FILE__ "\"");
+
 /* A block of the matrix product: ROWS x VECTORS sums stay in registers, of which AVX-512 has 32 and the others 16. */
 #define ROWS 4
 #if LANES == 16
@@ -258,13 +262,14 @@ static int backward_slice(const struct job *job, long begin, long end, long slic
     const long c1 = job->c1, size = (job->height - 2) * columns * c1;
     float *dw1 = job->dw1 + slice * 9 * c1, *db1 = job->db1 + slice * c1;
     float *dw2 = job->dw2 + slice * job->f2 * 9 * c1, *db2 = job->db2 + slice * job->f2;
-    float *h = zeros(2 * size + up(Q, LANES)), *dh = h + size, *g = dh + size;
+    float *h = zeros(2 * size + up(Q, LANES));
     long *places = malloc(Q * sizeof(long));
     if (!h || !places) {
         free(h);
         free(places);
         return 1;
     }
+    float *dh = h + size, *g = dh + size;
     for (long n = begin; n < end; n++) {
         const float *image = job->images + n * job->height * job->width;
         first_layer(job, image, h);
@@ -291,11 +296,33 @@ static int backward_slice(const struct job *job, long begin, long end, long slic
     return 0;
 }
 
+/* The widest vectors, in floats, that this CPU and its system have: 16 means all of x86-64-v4, 8 all of x86-64-v3. Only
+ * the library for any CPU may be asked, since the others' code may need what they ask for. By hand, because compilers'
+ * __builtin_cpu_supports has not known these levels, nor all that belongs to them, for long. */
+int mnist_lit_lanes(void) {
+#ifdef __x86_64__
+    const unsigned v3_1 = bit_SSE3 | bit_SSSE3 | bit_FMA | bit_CMPXCHG16B | bit_SSE4_1 | bit_SSE4_2 | bit_MOVBE |
+                          bit_POPCNT | bit_OSXSAVE | bit_AVX | bit_F16C;
+    const unsigned v3_7 = bit_BMI | bit_AVX2 | bit_BMI2, v3_extended = bit_LAHF_LM | bit_ABM;
+    const unsigned v4_7 = bit_AVX512F | bit_AVX512DQ | bit_AVX512CD | bit_AVX512BW | bit_AVX512VL;
+    unsigned a, b, c, d, extended, saved, high; /* saved: the registers that the system keeps for each process */
+    if (!__get_cpuid(0x80000001, &a, &b, &extended, &d) || (extended & v3_extended) != v3_extended) return 4;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & v3_1) != v3_1) return 4;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (b & v3_7) != v3_7) return 4;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if ((saved & 0x06) != 0x06) return 4;
+    return (saved & 0xe6) == 0xe6 && (b & v4_7) == v4_7 ? 16 : 8;
+#else
+    return 4;
+#endif
+}
+
 static void work(void *data) {
     struct job *job = data;
     for (long s = omp_get_thread_num(); s < job->slices; s += omp_get_num_threads()) {
         const long begin = job->images_count * s / job->slices, end = job->images_count * (s + 1) / job->slices;
-        if (job->gradient ? backward_slice(job, begin, end, s) : forward_slice(job, begin, end)) job->failed = 1;
+        if (job->gradient ? backward_slice(job, begin, end, s) : forward_slice(job, begin, end))
+            __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
     }
 }
 

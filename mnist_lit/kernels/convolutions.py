@@ -7,9 +7,7 @@ builds. ``convolutions.c`` explains the algorithm.
 
 import ctypes
 import functools
-import importlib.machinery
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_lit import compat
+from mnist_lit.kernels import library
 from mnist_lit.kernels.dropout import Dropout, is_plain_call, keep_mask
 
 log = logging.getLogger(__name__)
-
-FOLDER = Path(__file__).parent
-# Best first: the CPU capability as torch names it, and the library that pyproject.toml compiles for it.
-LIBRARIES = {"AVX512": "_convolutions_avx512", "AVX2": "_convolutions_avx2", "DEFAULT": "_convolutions"}
 
 # The layers that ``features`` can replace.
 CONV = {
@@ -63,8 +58,7 @@ def features(conv1: Any, conv2: Any, pool: nn.MaxPool2d, dropout: Dropout, image
     """These layers fused, with ReLU after conv1 and pool: [N, F2, P, Q]. Draws the same mask as ``dropout`` itself."""
     kept, scale = None, 1.0
     if dropout.training and dropout.p:
-        shape = (len(images), conv2.out_channels, (images.shape[2] - 4) // 3, (images.shape[3] - 4) // 3)
-        kept, scale = keep_mask(shape, dropout.p)
+        kept, scale = keep_mask(_features_shape(images, conv2.weight), dropout.p)
     return _compiled(images, conv1.weight, conv1.bias, conv2.weight, conv2.bias, kept, scale)
 
 
@@ -156,16 +150,15 @@ def _forward(
     """Features [N, F2, P, Q] float32, and the index 0..8 of each maximum in its pooling window, uint8.
 
     Raises:
-        ValueError: Shapes do not match.
+        ValueError: Shapes or dtypes do not match.
         MemoryError: A few megabytes of workspace cannot be allocated.
     """
+    sizes = _sizes(images, weight1, bias1, weight2)
     features, winners = _features_and_winners(images, weight1, bias1, weight2)
-    f1, f2 = len(bias1), len(bias2)
-    if weight1.shape != (f1, 1, 3, 3) or weight2.shape != (f2, f1, 3, 3):  # C would read out of bounds
-        raise ValueError(f"weights must be [F1, 1, 3, 3] and [F2, F1, 3, 3], not {weight1.shape}, {weight2.shape}")
-    if kept is not None and (kept.shape != features.shape or kept.dtype != torch.bool):
-        raise ValueError(f"kept must be bool {tuple(features.shape)}, not {kept.dtype} {tuple(kept.shape)}")
-    _call("mnist_lit_forward", images, weight1, bias1, weight2, bias2, kept, scale, features, winners)
+    _check("bias2", bias2, (len(weight2),))
+    if kept is not None:
+        _check("kept", kept, features.shape, torch.bool)
+    _call("mnist_lit_forward", sizes, images, weight1, bias1, weight2, bias2, kept, scale, features, winners)
     return features, winners
 
 
@@ -186,10 +179,18 @@ def backward(
     """Gradients of weight1, bias1, weight2 and bias2, given that of the features.
 
     Raises:
+        ValueError: Shapes or dtypes do not match, or some of the winners are above 8.
         MemoryError: A few megabytes of workspace cannot be allocated.
     """
+    sizes = _sizes(images, weight1, bias1, weight2)
+    shape = _features_shape(images, weight2)
+    _check("features", features, shape)
+    _check("winners", winners, shape, torch.uint8)
+    _check("gradient", gradient, shape)
+    if winners.numel() and winners.max() > 8:
+        raise ValueError(f"winners must be from 0 to 8, not {winners.max()}")
     gradients = _gradients(images, weight1, bias1, weight2)
-    _call("mnist_lit_backward", images, weight1, bias1, weight2, scale, features, winners, gradient, *gradients)
+    _call("mnist_lit_backward", sizes, images, weight1, bias1, weight2, scale, features, winners, gradient, *gradients)
     return gradients
 
 
@@ -197,7 +198,7 @@ def backward(
 def _features_and_winners(
     images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    shape = (images.shape[0], weight2.shape[0], (images.shape[2] - 4) // 3, (images.shape[3] - 4) // 3)
+    shape = _features_shape(images, weight2)
     return images.new_empty(shape), images.new_empty(shape, dtype=torch.uint8)
 
 
@@ -227,18 +228,44 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _call(name: str, images: Tensor, weight1: Tensor, *others: Tensor | float | None) -> None:
-    """Call a function of the library with the sizes, then the tensors' addresses, in the order of its C parameters."""
-    library, reason, _ = _library()
-    if library is None:
-        raise RuntimeError(f"the compiled operator is not available: {reason}")
+def _features_shape(images: Tensor, weight2: Tensor) -> tuple[int, int, int, int]:
+    return images.shape[0], weight2.shape[0], (images.shape[2] - 4) // 3, (images.shape[3] - 4) // 3
+
+
+def _sizes(images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> tuple[int, ...]:
+    """The sizes that C takes: of the images, and the numbers of filters. It would read past the end of other tensors."""
+    if images.dim() != 4 or images.shape[1] != 1 or min(images.shape[2:]) < 7:
+        raise ValueError(f"images must be [N, 1, H, W] of at least 7x7 pixels, not {list(images.shape)}")
     count, _, height, width = images.shape
-    filters1, filters2 = weight1.shape[0], next(o for o in others[1:] if isinstance(o, Tensor)).shape[0]
-    # Keep contiguous copies alive during the call. Outputs are contiguous already, so they are written in place.
-    held = [each.contiguous() if isinstance(each, Tensor) else each for each in (images, weight1, *others)]
-    sizes = [ctypes.c_long(size) for size in (count, height, width, filters1, filters2)]
-    if getattr(library, name)(ctypes.c_uint(torch.get_num_threads()), *sizes, *map(_argument, held)):
+    filters1, filters2 = len(weight1), len(weight2)
+    _check("images", images, images.shape)
+    _check("weight1", weight1, (filters1, 1, 3, 3))
+    _check("bias1", bias1, (filters1,))
+    _check("weight2", weight2, (filters2, filters1, 3, 3))
+    return count, height, width, filters1, filters2
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+
+
+def _call(name: str, sizes: tuple[int, ...], *arguments: Tensor | float | None) -> None:
+    """Call a function of the library with the number of threads, the sizes and its other parameters, in C's order."""
+    functions, reason, _ = _library()
+    if functions is None:
+        raise RuntimeError(f"the compiled operator is not available: {reason}")
+    # Keep copies alive during the call. Outputs are new tensors and need no copy, so they are written in place.
+    held = [_plainly_stored(each) if isinstance(each, Tensor) else each for each in arguments]
+    longs = [ctypes.c_long(size) for size in sizes]
+    if getattr(functions, name)(ctypes.c_uint(torch.get_num_threads()), *longs, *map(_argument, held)):
         raise MemoryError("the compiled operator: out of memory")
+
+
+def _plainly_stored(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous and aligned, which one made by ``torch.frombuffer`` need not be."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def _argument(value: Tensor | float | None) -> Any:
@@ -247,23 +274,9 @@ def _argument(value: Tensor | float | None) -> Any:
     return ctypes.c_void_p(value.data_ptr() if value is not None else None)
 
 
-@functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str, str]:
     """The library, or why there is none, and its instruction set."""
-    names = list(LIBRARIES)
-    capability = torch.backends.cpu.get_cpu_capability()
-    for instructions in names[names.index(capability) if capability in names else -1 :]:
-        for path in (FOLDER / (LIBRARIES[instructions] + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES):
-            if not path.exists():
-                continue
-            source = FOLDER / "convolutions.c"
-            if source.exists() and source.stat().st_mtime > path.stat().st_mtime:
-                return None, f"{path.name} is older than its source (make setup rebuilds it)", "none"
-            try:
-                return ctypes.CDLL(str(path)), "", instructions
-            except OSError as error:
-                return None, f"the compiled library does not load ({error})", "none"
-    return None, "the compiled library was not built (make setup builds it, with a C compiler)", "none"
+    return library.load(torch.backends.cpu.get_cpu_capability())
 
 
 @functools.cache
