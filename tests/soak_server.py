@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -56,7 +57,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
 
     def said(self) -> str:
         return os.pread(self.output.fileno(), 2**24, 0).decode()
@@ -503,18 +504,22 @@ def few_descriptors(run: str) -> list[str]:
     return report.broken
 
 
-def stop(server: Server) -> list[str]:
-    """What is wrong with how it ends on SIGTERM while half a body has arrived."""
+def stop(server: Server, *signals: signal.Signals) -> list[str]:
+    """What is wrong with how it ends on these signals while half a body has arrived."""
     report, before = Report(), len(server.complaints())
     with socket.create_connection((HOST, server.port)) as half:
         half.sendall(request("POST", "/predict", PNG)[:-10])
         time.sleep(0.5)
         start = time.perf_counter()
-        server.process.terminate()
-        server.process.wait(20)
-    lines = server.complaints()[before:].count("\n")
-    print(f"SIGTERM with half a body: it ended after {time.perf_counter() - start:.1f} s and printed {lines} lines")
-    report.promise(lines == 0, f"ending on SIGTERM, it printed {lines} lines")
+        for number in signals:
+            server.process.send_signal(number)
+            time.sleep(0.2)
+        server.process.wait(60)
+    names = " and ".join(number.name for number in signals)
+    complaints = server.complaints()[before:].removeprefix("serve: stopped\n")
+    lines = complaints.count("\n")
+    print(f"{names} with half a body: it ended after {time.perf_counter() - start:.1f} s and printed {lines} lines")
+    report.promise(lines == 0, f"ending on {names}, it printed {lines} lines: {complaints[-500:]}")
     return report.broken
 
 
@@ -532,7 +537,7 @@ def main(requests: int = 10_000, seed: int = 0) -> None:
             lines = server.complaints().count("\n")
             print(f"lines the server printed meanwhile: {lines}")
             report.promise(lines == 0, f"it printed {lines} lines: {server.complaints()[-500:]}")
-            broken = judge(report) + stop(server)
+            broken = judge(report) + stop(server, signal.SIGTERM)
         broken += few_descriptors(folder)
     print("\n".join(f"BROKEN: {each}" for each in broken) or "all promises kept")
     sys.exit(bool(broken))

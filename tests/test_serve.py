@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -339,9 +340,10 @@ def test_33_with_64_file_descriptors_good_requests_are_answered(good_run: Path, 
 
 
 @pytest.mark.slow
-def test_33_sigterm_with_half_a_body_ends_it_quietly(good_run: Path) -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["SIGTERM", "Ctrl-C twice"])
+def test_33_a_signal_in_the_middle_of_an_upload_ends_it_quietly(good_run: Path, signals: list[signal.Signals]) -> None:
     with Server(f"ckpt={good_run}") as server:
-        assert not stop(server)
+        assert not stop(server, *signals)
 
 
 def test_allow_remote_accepts_other_machines_with_a_warning(good_run: Path) -> None:

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mnist_lit.inference.web import HEADERS
 
 MAX_CONNECTIONS = 500
-MAX_SECONDS = 10.0  # for the head of a request to arrive, and then for its answer to be complete
+MAX_SECONDS = 10.0  # that a client has to send a request's head, and then to send the rest and take its answer
 MIN_SECONDS = 0.1  # that a client has to go on, however many others are there
 GRACE_SECONDS = 2.0  # for the requests in progress when the server is told to stop
 
@@ -35,6 +35,7 @@ def run(app: ASGIApp, listener: socket.socket, ready: Callable[[], None]) -> Non
         app,
         http="h11",
         ws="none",
+        lifespan="off",
         log_level="error",  # a client's mistakes are warnings, and would fill the terminal
         access_log=False,
         server_header=False,
@@ -81,7 +82,7 @@ class _Connection(H11Protocol):
         return not self.in_progress or self.cycle.more_body or self.flow.write_paused
 
     def end_if_overdue(self) -> None:
-        if time.monotonic() - self.since < MAX_SECONDS:
+        if not self.waits_for_client or time.monotonic() - self.since < MAX_SECONDS:
             return
         half_a_head, _ = self.conn.trailing_data
         if half_a_head and not self.in_progress and not self.transport.is_closing():
@@ -131,6 +132,10 @@ class _Server(uvicorn.Server):
         self.acceptor.cancel()
         await asyncio.wait([self.acceptor])
         await super().shutdown(sockets)
+        for connection in list(self.connections):  # a second Ctrl-C did not wait for them
+            connection.transport.abort()
+        if tasks := self.server_state.tasks:
+            await asyncio.wait(tasks, timeout=1)
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:  # every second
