@@ -121,6 +121,10 @@ PHOTO = picture((900, 700), "JPEG")
 BOMB = png_of_any_size(20_000, 20_000, bytes(4_000_000))
 
 
+def trickled(count: int, pause: float) -> list[bytes | float]:
+    return [pause, b"T"] * count
+
+
 @dataclass
 class Kind:
     """What a client sends, bytes and pauses in seconds, and the statuses that may answer it."""
@@ -239,8 +243,8 @@ def kinds(draw: random.Random) -> dict[str, Kind]:
         "leaves after request": Kind([good], [set()], reset=True),
         "never reads": Kind([request("GET", "/app.js") * 500, 0.5], [set()], reset=True, seldom=True),
         "20 MiB": predict(bytes(20 * 2**20), 413, reset=True, seldom=True),
-        "slow body": Kind([good[:-20], *[0.5, b"\0"] * 12], [{408}], reset=True, seldom=True),
-        "slow head": Kind([b"GET /health HT", *[1.0, b"T"] * 12], [{408}], reset=True, seldom=True),
+        "slow body": Kind([good[:-20], *trickled(12, 0.5)], [{408}], reset=True, seldom=True),
+        "slow head": Kind([b"GET /health HT", *trickled(12, 1.0)], [{408}], reset=True, seldom=True),
         "silent": Kind([11.5], [set()], reset=True, seldom=True),
     }
 
