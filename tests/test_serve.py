@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -219,7 +220,9 @@ def test_33_of_200_concurrent_requests_some_are_told_to_retry(port: int, digits)
         connections = [stack.enter_context(socket.create_connection((HOST, port), timeout=30)) for _ in range(200)]
         for connection in connections:
             connection.sendall(head.encode() + image[:50])
-        time.sleep(0.5)
+        deadline = time.monotonic() + 4  # a body may take five seconds
+        while len(select.select(connections, [], [], 0)[0]) < 136 and time.monotonic() < deadline:
+            time.sleep(0.05)
         for connection in connections:
             with contextlib.suppress(OSError):  # already answered and closed
                 connection.sendall(image[50:])
