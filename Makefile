@@ -22,7 +22,7 @@ ARGS ?=
 # Where the full MNIST is or goes, for demo, results, bench and fidelity.
 DATA ?= data
 
-.PHONY: help base setup train demo test test-all check results peers bench fidelity soak sanitize lock
+.PHONY: help base setup train demo test test-all check results peers bench fidelity soak soak-server sanitize lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -86,6 +86,9 @@ fidelity: peers  ## train with many seeds, here and with Keras (DATA=FOLDER; hou
 soak: setup  ## kill runs and a sweep at random moments and go on with them: the same results every time?
 	$(RUN) -W ignore tests/soak.py $(ARGS)
 	$(RUN) tests/soak_sweep.py
+
+soak-server: setup  ## attack the server with 10,000 requests of many kinds: are good ones always answered? (minutes)
+	$(RUN) -W ignore tests/soak_server.py $(ARGS)
 
 sanitize: base  ## run the C under the address, undefined-behaviour and thread sanitizers (gcc or clang; two minutes)
 	$(RUN) tests/sanitize.py $(ARGS)

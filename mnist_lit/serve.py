@@ -11,7 +11,7 @@ from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
 
 LOOPBACK = ("127.0.0.1", "localhost")
-MAX_CONNECTIONS = 500  # open at the same time; the usual limit of open files per process is 1,024
+BACKLOG = 500  # connections that may wait to be accepted
 
 
 def serve(
@@ -30,14 +30,14 @@ def serve(
     """
     require_packages("serve", "starlette", "uvicorn", "scipy")
     try:
-        listener = socket.create_server(("" if allow_remote else LOOPBACK[0], port), backlog=MAX_CONNECTIONS)
+        listener = socket.create_server(("" if allow_remote else LOOPBACK[0], port), backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         raise UserError(f"port={port}: cannot listen on it ({error}); port=0 chooses a free one") from error
     with listener:
         with loading("PyTorch"):
             import torch
-            import uvicorn
 
+            from mnist_lit.inference.connections import run
             from mnist_lit.inference.trained import load
             from mnist_lit.inference.web import application
 
@@ -45,26 +45,15 @@ def serve(
         model = load(latest.resolve(ckpt), trust)
         address = f"http://{LOOPBACK[0]}:{listener.getsockname()[1]}"
 
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                print(f"ready: {address} (press Ctrl-C to quit)", flush=True)
-                if open_browser:
-                    webbrowser.open(address)
+        def ready() -> None:
+            print(f"ready: {address} (press Ctrl-C to quit)", flush=True)
+            if open_browser:
+                webbrowser.open(address)
 
         if allow_remote:
             print("warning: any machine that can reach this one can use the server", file=sys.stderr)
         print(f"model: {model.path}")
-        config = uvicorn.Config(
-            application(model, () if allow_remote else LOOPBACK),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_graceful_shutdown=3,
-        )
-        Server(config).run([listener])
+        run(application(model, () if allow_remote else LOOPBACK), listener, ready)
 
 
 def main() -> None:

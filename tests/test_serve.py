@@ -1,11 +1,16 @@
 """The server as its users see it: over a socket, and in a browser."""
 
+import asyncio
 import contextlib
 import http.client
 import io
 import json
+import os
 import random
 import re
+import resource
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -21,44 +26,24 @@ import pytest
 from conftest import Browser
 from helpers import ROOT
 from PIL import Image
+from soak_server import HOST, ZERO, Report, Server, Silent, attack, judge, kinds, stop
 
 from mnist_lit import UserError
 
 pytest.importorskip("starlette", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-HOST = "127.0.0.1"
-ZERO = json.dumps({"pixels": [0.0] * 784}).encode()
 
-
-@contextlib.contextmanager
-def running(*overrides: str) -> Iterator[tuple[int, str]]:
-    """Start a server process; yields its port and its output up to the ready line."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mnist_lit.serve", "port=0", *overrides],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        assert process.stdout
-        output = ""
-        while not (ready := re.search(r"ready: http://127\.0\.0\.1:(\d+)", output)):
-            line = process.stdout.readline()
-            assert line, output
-            output += line
-        yield int(ready[1]), output
-        assert process.poll() is None, process.stdout.read()  # it has survived all requests
-    finally:
-        process.terminate()
-        process.wait(20)
+@pytest.fixture(scope="module")
+def server(good_run: Path) -> Iterator[Server]:
+    with Server(f"ckpt={good_run}") as server:
+        yield server
+        assert server.process.poll() is None and server.complaints() == ""  # after all that the tests have sent
 
 
 @pytest.fixture(scope="module")
-def port(good_run: Path) -> Iterator[int]:
-    with running(f"ckpt={good_run}") as (port, _):
-        yield port
+def port(server: Server) -> int:
+    return server.port
 
 
 def ask(
@@ -235,7 +220,9 @@ def test_33_of_200_concurrent_requests_some_are_told_to_retry(port: int, digits)
         connections = [stack.enter_context(socket.create_connection((HOST, port), timeout=30)) for _ in range(200)]
         for connection in connections:
             connection.sendall(head.encode() + image[:50])
-        time.sleep(0.5)
+        deadline = time.monotonic() + 4  # a body may take five seconds
+        while len(select.select(connections, [], [], 0)[0]) < 136 and time.monotonic() < deadline:
+            time.sleep(0.05)
         for connection in connections:
             with contextlib.suppress(OSError):  # already answered and closed
                 connection.sendall(image[50:])
@@ -284,11 +271,89 @@ def test_33_random_and_mutated_bodies(port: int, digits) -> None:
     assert ask(port, seeds[0])[0] == 200
 
 
+def test_33_a_small_attack(server: Server) -> None:
+    """As ``make soak-server``, without the kinds that take their time."""
+    seed, report = time.time_ns() % 1000, Report()
+    names = [name for name, kind in kinds(random.Random(seed)).items() if not kind.seldom]
+    asyncio.run(attack(server.port, 300, seed, report, names))
+    assert not judge(report) and server.complaints() == "", f"seed {seed}"
+    assert len(names) >= 40 and report.statuses.total() >= 300
+
+
+def test_33_beside_600_silent_connections_good_requests_are_answered(port: int) -> None:
+    silent = Silent(port)
+    try:
+        silent.open(600)
+        assert [ask(port, ZERO)[0] for _ in range(20)] == [200] * 20
+        assert 400 < silent.open_still() < 500
+    finally:
+        silent.close()
+
+
+@pytest.mark.slow
+def test_33_a_connection_that_sends_no_request_is_closed_after_ten_seconds(port: int) -> None:
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        silent, half, trickling, after_an_answer = (
+            stack.enter_context(socket.create_connection((HOST, port), timeout=20)) for _ in range(4)
+        )
+        half.sendall(b"GET / HTTP/1.1\r\n")
+        trickling.sendall(b"GET /")
+        after_an_answer.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        for each in (trickling, after_an_answer):
+            threading.Thread(target=_trickle, args=(each,), daemon=True).start()
+        assert _until_closed(silent) == b""
+        assert 9 < time.monotonic() - start < 13
+        assert _until_closed(half).startswith(b"HTTP/1.1 408 Request Timeout")
+        assert b"did not arrive within 10 seconds" in _until_closed(trickling)
+        assert _until_closed(after_an_answer).startswith(b"HTTP/1.1 405")
+        assert time.monotonic() - start < 14
+
+
+@pytest.mark.slow
+def test_33_a_client_that_does_not_read_its_answers_is_disconnected(port: int) -> None:
+    with socket.create_connection((HOST, port), timeout=20) as client, pytest.raises(ConnectionError):
+        while True:
+            client.sendall(b"GET /app.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+
+
+def test_33_there_are_no_more_connections_than_files_may_be_open() -> None:
+    from mnist_lit.inference.connections import max_connections
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for limit, expected in ((64, 16), (256, 112), (1024, 496)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+            assert max_connections() == expected
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("others", "lines"), [(0, 0), (50, 1)], ids=["as expected", "others hold most of them"])
+def test_33_with_64_file_descriptors_good_requests_are_answered(good_run: Path, others: int, lines: int) -> None:
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(Path(os.devnull).open()).fileno() for _ in range(others)]
+        server = stack.enter_context(Server(f"ckpt={good_run}", files=64, pass_fds=held))
+        silent = Silent(server.port)
+        stack.callback(silent.close)
+        silent.open(100)
+        assert [ask(server.port, ZERO)[0] for _ in range(20)] == [200] * 20
+        assert server.complaints().count("\n") == lines, server.complaints()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["SIGTERM", "Ctrl-C twice"])
+def test_33_a_signal_in_the_middle_of_an_upload_ends_it_quietly(good_run: Path, signals: list[signal.Signals]) -> None:
+    with Server(f"ckpt={good_run}") as server:
+        assert not stop(server, *signals)
+
+
 def test_allow_remote_accepts_other_machines_with_a_warning(good_run: Path) -> None:
-    with running(f"ckpt={good_run}", "allow_remote=true") as (port, output):
-        assert "warning: any machine that can reach this one" in output
-        assert ask(port, path="/health", method="GET", Host="this-machine.example")[0] == 200
-        with socket.create_connection(("127.0.0.2", port), timeout=5):
+    with Server(f"ckpt={good_run}", "allow_remote=true") as server:
+        assert "warning: any machine that can reach this one" in server.said()
+        assert ask(server.port, path="/health", method="GET", Host="this-machine.example")[0] == 200
+        with socket.create_connection(("127.0.0.2", server.port), timeout=5):
             pass
 
 

@@ -39,6 +39,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
+    "Accept-Ranges": "none",
 }
 
 
@@ -172,4 +173,6 @@ class _Guard:
         app = self.app
         if self.hosts and (host if port.isdecimal() and host else f"{host}{port}").lower() not in self.hosts:
             app = JSONResponse({"error": f"the host must be one of {', '.join(self.hosts)}"}, 400)
-        await app(scope, receive, send_with_headers)
+        # The page's files are small and always sent whole: Starlette would refuse a bad Range in plain text.
+        headers = [pair for pair in scope["headers"] if pair[0] != b"range"]
+        await app({**scope, "headers": headers}, receive, send_with_headers)
