@@ -1,5 +1,6 @@
 """``python -m mnist_lit.convert``: convert models between Keras and this project."""
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,13 +9,12 @@ from typing import Any
 from mnist_lit import UserError, require_packages
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.storage.atomic import atomic_path, require_free
+from mnist_lit.storage.keras_file import read_description, read_weights, tutorial_layers
 
 TOLERANCE = 1e-5  # largest absolute difference allowed between the two models' probabilities
 
-NAMES = ("conv1", "conv2", "pool", "dropout", "flatten", "dense1", "dense2")  # of the tutorial's layers in this project
-# What defines a Keras layer; the rest of its configuration (name, initializers) may differ.
-COMPARED = ("filters", "kernel_size", "pool_size", "strides", "padding", "dilation_rate", "groups", "units",
-            "activation", "use_bias")  # fmt: skip
+# The layers with weights, and what .keras files call them.
+WITH_WEIGHTS = {"conv1": "conv2d", "conv2": "conv2d_1", "dense1": "dense", "dense2": "dense_1"}
 
 
 def convert(
@@ -41,7 +41,8 @@ def convert(
     """
     source_path, target_path = Path(source), Path(target)
     if {source_path.suffix, target_path.suffix} != {".keras", ".ckpt"}:
-        raise UserError(f"source={source} target={target}: one must end in .keras and the other in .ckpt")
+        older = "; Keras itself can save an .h5 model as .keras" if source_path.suffix in (".h5", ".hdf5") else ""
+        raise UserError(f"source={source} target={target}: one must end in .keras and the other in .ckpt{older}")
     if not source_path.is_file():
         raise UserError(f"source={source}: no such file")
     require_free("target", target_path, overwrite)
@@ -57,19 +58,19 @@ def convert(
     print(f"{target}: written; its probabilities match those of {source} to {TOLERANCE:g}")
 
 
-def keras_tutorial(data_format: str = "channels_last", dropout: float = 0.5) -> Any:
+def keras_tutorial(data_format: str = "channels_last", dropout: float = 0.5, flatten_format: str = "") -> Any:
     """The tutorial's Keras model with newly initialized weights."""
     import keras
 
     layers, layout = keras.layers, {"data_format": data_format}
     images = keras.Input((28, 28, 1) if data_format == "channels_last" else (1, 28, 28))
-    x = layers.Conv2D(32, (3, 3), activation="relu", **layout)(images)
-    x = layers.Conv2D(64, (3, 3), activation="relu", **layout)(x)
-    x = layers.MaxPooling2D((3, 3), **layout)(x)
-    x = layers.Dropout(dropout)(x)
-    x = layers.Flatten(**layout)(x)
-    x = layers.Dense(250, activation="sigmoid")(x)
-    return keras.Model(images, layers.Dense(10, activation="softmax")(x))
+    x = layers.Conv2D(32, (3, 3), activation="relu", name="conv1", **layout)(images)
+    x = layers.Conv2D(64, (3, 3), activation="relu", name="conv2", **layout)(x)
+    x = layers.MaxPooling2D((3, 3), name="pool", **layout)(x)
+    x = layers.Dropout(dropout, name="dropout")(x)
+    x = layers.Flatten(flatten_format or data_format, name="flatten")(x)
+    x = layers.Dense(250, activation="sigmoid", name="dense1")(x)
+    return keras.Model(images, layers.Dense(10, activation="softmax", name="dense2")(x))
 
 
 def from_keras(keras_model: Any) -> Any:
@@ -85,7 +86,7 @@ def from_keras(keras_model: Any) -> Any:
 
     layers = _named_layers(keras_model)
     classifier = MNISTClassifier({**TUTORIAL_MODEL, "dropout": float(layers["dropout"].rate)})
-    for name in ("conv1", "conv2", "dense1", "dense2"):
+    for name in WITH_WEIGHTS:
         kernel, bias = map(torch.tensor, layers[name].get_weights())
         if name == "dense1":
             kernel = kernel[_flatten_order(layers).argsort()]
@@ -100,7 +101,7 @@ def to_keras(classifier: Any, data_format: str = "channels_last") -> Any:
     """The tutorial's Keras model with the weights of an ``MNISTClassifier`` whose network is a ``TutorialCNN``."""
     keras_model = keras_tutorial(data_format, classifier.network.dropout.p)
     layers = _named_layers(keras_model)
-    for name in ("conv1", "conv2", "dense1", "dense2"):
+    for name in WITH_WEIGHTS:
         kernel, bias = (getattr(classifier.network, name).state_dict()[key].cpu() for key in ("weight", "bias"))
         kernel = kernel.permute(2, 3, 1, 0) if kernel.ndim == 4 else kernel.T
         if name == "dense1":
@@ -111,12 +112,21 @@ def to_keras(classifier: Any, data_format: str = "channels_last") -> Any:
 
 
 def load_keras(path: Path) -> Any:
-    import keras
+    """The tutorial's Keras model with the weights of a .keras file; Keras itself does not read the file.
 
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: Keras cannot load it ({' '.join(str(error).split())[:300]})") from error
+    Raises:
+        UserError: The file cannot be read, or its architecture is not the tutorial's.
+    """
+    described = tutorial_layers(read_description(path), _description(keras_tutorial()))
+    keras_model = keras_tutorial(
+        described["conv1"]["data_format"], described["dropout"]["rate"], described["flatten"]["data_format"]
+    )
+    layers = _named_layers(keras_model)
+    shapes = {file_name: [each.shape for each in layers[name].weights] for name, file_name in WITH_WEIGHTS.items()}
+    weights = read_weights(path, shapes)
+    for name, file_name in WITH_WEIGHTS.items():
+        layers[name].set_weights(weights[file_name])
+    return keras_model
 
 
 def load_checkpoint(path: Path, trust: Iterable[str] = ()) -> Any:
@@ -145,26 +155,14 @@ def save_checkpoint(classifier: Any, path: Path) -> None:
     torch.save(checkpoint, path)
 
 
+def _description(keras_model: Any) -> Any:
+    return json.loads(keras_model.to_json())
+
+
 def _named_layers(keras_model: Any) -> dict[str, Any]:
     """The layers of a Keras model by their names in this project; a UserError if they are not those of the tutorial."""
-    expected, found = (
-        [layer for layer in model.layers if type(layer).__name__ != "InputLayer"]
-        for model in (keras_tutorial(), keras_model)
-    )
-    kinds, found_kinds = (", ".join(type(layer).__name__ for layer in layers) for layers in (expected, found))
-    if kinds != found_kinds:
-        raise UserError(f"another architecture: the layers are {found_kinds} instead of {kinds}")
-    for name, want, have in zip(NAMES, expected, found, strict=True):
-        want_config, have_config = want.get_config(), have.get_config()
-        for key in COMPARED:
-            if have_config.get(key) != want_config.get(key):
-                raise UserError(
-                    f"another architecture: {type(have).__name__} '{have.name}' (this project's {name}) has "
-                    f"{key}={have_config[key]} instead of {want_config[key]}"
-                )
-    if (shape := tuple(keras_model.input_shape[1:])) not in ((28, 28, 1), (1, 28, 28)):
-        raise UserError(f"another architecture: its images are {shape} instead of (28, 28, 1) or (1, 28, 28)")
-    return dict(zip(NAMES, found, strict=True))
+    names = tutorial_layers(_description(keras_model), _description(keras_tutorial()))
+    return dict(zip(names, (each for each in keras_model.layers if type(each).__name__ != "InputLayer"), strict=True))
 
 
 def _flatten_order(layers: dict[str, Any]) -> Any:

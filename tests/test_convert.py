@@ -174,9 +174,9 @@ def changed(position: int, layer: Any) -> Any:
         (
             2,
             lambda: keras.layers.Conv2D(64, 5, activation="relu"),
-            r"conv2.* has kernel_size=\(5, 5\) instead of \(3, 3\)",
+            r"conv2.* has kernel_size=\[5, 5\] instead of \[3, 3\]",
         ),
-        (3, lambda: keras.layers.MaxPooling2D(2), r"pool.* has pool_size=\(2, 2\) instead of \(3, 3\)"),
+        (3, lambda: keras.layers.MaxPooling2D(2), r"pool.* has pool_size=\[2, 2\] instead of \[3, 3\]"),
         (4, None, "the layers are Conv2D, Conv2D, MaxPooling2D, Flatten, Dense, Dense instead of"),
     ],
 )
@@ -195,11 +195,12 @@ def test_files_that_cannot_be_converted_are_refused(finished_run: Path, tmp_path
         (tmp_path / name).write_text("" if "empty" in name else "this is not a model")
     for source, target, sentence in (
         (checkpoint, str(tmp_path / "model.onnx"), "one must end in .keras"),
+        ("model.h5", str(tmp_path / "model.ckpt"), r"Keras itself can save an \.h5 model as \.keras"),
         (str(tmp_path / "no.keras"), str(tmp_path / "model.ckpt"), "no such file"),
         (checkpoint, str(tmp_path / "empty.keras"), "exists already"),
         (checkpoint, str(tmp_path / "nowhere" / "model.keras"), "there is no folder"),
-        (str(tmp_path / "empty.keras"), str(tmp_path / "model.ckpt"), "Keras cannot load it"),
-        (str(tmp_path / "text.keras"), str(tmp_path / "model.ckpt"), "Keras cannot load it"),
+        (str(tmp_path / "empty.keras"), str(tmp_path / "model.ckpt"), "not a .keras file"),
+        (str(tmp_path / "text.keras"), str(tmp_path / "model.ckpt"), "not a .keras file"),
         (str(tmp_path / "empty.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
         (str(tmp_path / "text.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
     ):

@@ -1,8 +1,11 @@
 """Images of any kind normalized to MNIST's form; the numbers are the rows of docs/faults.md."""
 
 import io
+import os
+import struct
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,8 @@ from helpers import ROOT, assert_same
 from PIL import Image
 from scipy import ndimage
 
-from mnist_lit.inference.images import ImageError, prepare, read_grey, to_mnist
+from mnist_lit.inference import web
+from mnist_lit.inference.images import MAX_PIXELS, ImageError, prepare, read_grey, to_mnist
 from mnist_lit.inference.trained import load
 
 Pixels = np.ndarray
@@ -180,7 +184,7 @@ def test_31_what_cannot_be_read_gets_one_line(digits, tmp_path: Path) -> None:
         ],
         "is damaged": [io.BytesIO(png[: len(png) // 2]), io.BytesIO(broken(png, 60))],
         "has more than 80,000,000 pixels|more than 80,000,000": [io.BytesIO(bomb)],
-        "contains 2 images instead of one": [
+        "contains several images instead of one": [
             saved(two[0], format, save_all=True, append_images=two[1:]) for format in ("PNG", "TIFF", "WEBP")
         ],
         "is blank": [
@@ -196,6 +200,48 @@ def test_31_what_cannot_be_read_gets_one_line(digits, tmp_path: Path) -> None:
                 warnings.simplefilter("ignore")
                 prepare(file)
             assert "\n" not in str(refused.value)
+
+
+def tiff(pages: int, **tags: int) -> bytes:
+    """A TIFF of 10x10 grey pixels; each page has nothing but these numbers, and no data."""
+    numbers = {256: 10, 257: 10, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 279: 100} | {
+        int(tag[1:]): number for tag, number in tags.items()
+    }
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in sorted(numbers.items()))
+    size = 2 + len(fields) + 4
+    directories = [
+        struct.pack("<H", len(numbers)) + fields + struct.pack("<I", 8 + size * page if page < pages else 0)
+        for page in range(1, pages + 1)
+    ]
+    return struct.pack("<2sHI", b"II", 42, 8) + b"".join(directories)
+
+
+def with_scans(count: int, side: int) -> bytes:
+    """A progressive JPEG whose second scan, of a single byte, is repeated."""
+    jpeg = saved(np.zeros((side, side), np.uint8), "JPEG", progressive=True).getvalue()
+    start = jpeg.index(b"\xff\xda", jpeg.index(b"\xff\xda") + 1)
+    scan = jpeg[start : start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big")] + b"\0"
+    return jpeg[:start] + scan * count + b"\xff\xd9"
+
+
+def test_31_small_files_that_would_take_minutes_or_gigabytes_are_refused(tmp_path: Path) -> None:
+    """They took 25 s (pages), 20 s (scans), 1.5 GB (tiles), and 4 GB and 30 s (a chunk of a file with holes)."""
+    png = saved(np.eye(30, dtype=np.uint8) * 255).getvalue()
+    (tmp_path / "chunk.png").write_bytes(png[:33] + struct.pack(">I", 2**31 - 1) + b"abCd")
+    os.truncate(tmp_path / "chunk.png", 2**31 + 100)  # takes no space on the disk
+    os.mkfifo(tmp_path / "fifo.png")
+    started = time.monotonic()
+    for file, max_pixels, reason in (
+        (io.BytesIO(tiff(20_000)), MAX_PIXELS, "contains several images"),
+        (io.BytesIO(with_scans(50_000, 1024)), web.MAX_PIXELS, "has 50,001 scans, too many for 1024x1024 pixels"),
+        (io.BytesIO(tiff(1, _322=40_000, _323=40_000)), MAX_PIXELS, "is stored in tiles of more than 80,000,000"),
+        (tmp_path / "chunk.png", MAX_PIXELS, "has more than 67,108,864 bytes"),
+        (tmp_path / "fifo.png", MAX_PIXELS, "is not a regular file"),
+    ):
+        with pytest.raises(ImageError, match=reason):
+            read_grey(file, max_pixels=max_pixels)
+    assert time.monotonic() - started < 5
+    assert read_grey(io.BytesIO(with_scans(40, 1024)), max_pixels=web.MAX_PIXELS).shape == (256, 256)
 
 
 def test_31_images_of_odd_shapes_are_read() -> None:

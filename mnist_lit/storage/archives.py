@@ -1,0 +1,48 @@
+"""Read zip archives from strangers: checked before they take memory, and by their checksums."""
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+from mnist_lit import UserError
+
+MAX_FILE = 2**25  # bytes; zipfile takes ten seconds and 300 MB for an archive that is nothing but a list of entries
+MAX_ENTRIES = 1000
+
+
+def read_entry(path: Path, name: str, most: int) -> bytes:
+    """The content of an entry of the archive ``path``.
+
+    Args:
+        most: The largest content to accept, in bytes. Nothing larger is ever in memory.
+
+    Raises:
+        UserError: The file is too large, not a zip archive or damaged, two entries have the same name, there is no
+            such entry, or it is too large or compressed in an unusual way.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_FILE:
+            raise UserError(f"{path} has {size:,} bytes, but at most {MAX_FILE:,} are read")
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if len(names) > MAX_ENTRIES or len(set(names)) < len(names):
+                raise UserError(f"{path} is damaged (too many entries, or two with the same name)")
+            if name not in names:
+                raise UserError(f"{path} has no {name}")
+            entry = archive.getinfo(name)
+            if entry.file_size > most:
+                raise UserError(f"{path}: its {name} has {entry.file_size:,} bytes, but at most {most:,} are read")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile limits no others
+                raise UserError(f"{path}: its {name} is compressed in a way that is not read")
+            with archive.open(entry) as file:
+                content = file.read(entry.file_size)  # without a size, it would take whatever it expands to
+    except UserError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged ({str(error).rstrip('.')})") from error
+    except (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({str(error) or type(error).__name__})") from error
+    if len(content) != entry.file_size:
+        raise UserError(f"{path} is damaged ({name} is shorter than declared)")
+    return content
