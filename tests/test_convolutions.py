@@ -349,7 +349,7 @@ def damage_libraries(folder: Path) -> None:
         (damage_libraries, "does not load"),
     ],
 )
-def test_34_without_a_good_library_plain_pytorch_runs_and_the_log_says_so_once(
+def test_39_without_a_good_library_plain_pytorch_runs_and_the_log_says_so_once(
     spoil: Callable[[Path], None], reason: str, copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(copied)
@@ -363,7 +363,7 @@ def test_34_without_a_good_library_plain_pytorch_runs_and_the_log_says_so_once(
     assert line.startswith("convolutions: plain PyTorch, because ") and reason in line
 
 
-def test_34_dates_do_not_matter_and_without_the_source_the_library_is_believed(copied: Path) -> None:
+def test_39_dates_do_not_matter_and_without_the_source_the_library_is_believed(copied: Path) -> None:
     os.utime(copied / "convolutions.c", (2**31, 2**31))
     assert room.instruction_set() == BEST
     library.load.cache_clear()
@@ -373,7 +373,7 @@ def test_34_dates_do_not_matter_and_without_the_source_the_library_is_believed(c
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("make") and shutil.which("cc")), reason="no make, or no C compiler")
-def test_34_make_base_compiles_again_where_the_source_is_another_whatever_the_dates(tmp_path: Path) -> None:
+def test_39_make_base_compiles_again_where_the_source_is_another_whatever_the_dates(tmp_path: Path) -> None:
     """The end of ``make base``, which comes after what needs the network."""
     for name in ("mnist_lit", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

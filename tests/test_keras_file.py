@@ -73,7 +73,7 @@ def replaced(name: str, *arguments: Any, **options: Any) -> Callable[[h5py.File]
     return change
 
 
-def test_34_one_changed_byte_is_one_sentence_or_changes_nothing(path: Path) -> None:
+def test_40_one_changed_byte_is_one_sentence_or_changes_nothing(path: Path) -> None:
     content, draw, refused = path.read_bytes(), random.Random(0), 0
     expected = read_description(path), read_weights(path, SHAPES)
     # Most bytes are weights; as many are drawn from the rest, which is all but the last two thirds of the largest one.
@@ -93,7 +93,7 @@ def test_34_one_changed_byte_is_one_sentence_or_changes_nothing(path: Path) -> N
     assert [each.name for each in path.parent.iterdir()] == ["model.keras"]
 
 
-def test_34_a_file_cut_short_is_one_sentence(path: Path) -> None:
+def test_40_a_file_cut_short_is_one_sentence(path: Path) -> None:
     content = path.read_bytes()
     for length in (0, 1, 4, 100, 5000, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
@@ -101,7 +101,7 @@ def test_34_a_file_cut_short_is_one_sentence(path: Path) -> None:
             load_keras(path)
 
 
-def test_34_archives_are_refused_before_they_take_memory(path: Path) -> None:
+def test_40_archives_are_refused_before_they_take_memory(path: Path) -> None:
     def refused(reason: str) -> None:
         with pytest.raises(UserError, match=reason):
             read_description(path)
@@ -123,7 +123,7 @@ def test_34_archives_are_refused_before_they_take_memory(path: Path) -> None:
     refused("has 42,949,672,960 bytes, but at most")
 
 
-def test_34_an_entry_that_expands_to_more_than_it_declares_takes_no_more_memory(path: Path) -> None:
+def test_40_an_entry_that_expands_to_more_than_it_declares_takes_no_more_memory(path: Path) -> None:
     write(path, {"config.json": b" " * 2**26}, zipfile.ZIP_DEFLATED)
     content, declared = path.read_bytes(), (2**26).to_bytes(4, "little")
     assert content.count(declared) == 2  # before the entry, and in the list at the end
@@ -154,7 +154,7 @@ def test_34_an_entry_that_expands_to_more_than_it_declares_takes_no_more_memory(
         (lambda model: model["config"].update(layers=[]), "do not follow one after the other"),
     ],
 )
-def test_34_only_the_tutorial_is_accepted_and_nothing_else_is_built(
+def test_40_only_the_tutorial_is_accepted_and_nothing_else_is_built(
     path: Path, change: Callable[[Any], Any], reason: str
 ) -> None:
     redescribe(path, change)
@@ -164,7 +164,7 @@ def test_34_only_the_tutorial_is_accepted_and_nothing_else_is_built(
     assert "antigravity" not in sys.modules
 
 
-def test_34_a_description_that_is_no_json_or_endlessly_nested_is_one_sentence(path: Path) -> None:
+def test_40_a_description_that_is_no_json_or_endlessly_nested_is_one_sentence(path: Path) -> None:
     nested = b'{"class_name": "Functional", "config": {"layers": [%s]}}' % (b"[" * 400_000 + b"]" * 400_000)
     for content in (b"", b"{", b"\xff", nested, b"1" * 5000):
         rewrite(path, {"config.json": content})
@@ -192,7 +192,7 @@ def test_34_a_description_that_is_no_json_or_endlessly_nested_is_one_sentence(pa
         ),
     ],
 )
-def test_34_weights_that_are_not_the_tutorials_are_refused_unread(
+def test_40_weights_that_are_not_the_tutorials_are_refused_unread(
     path: Path, change: Callable[[h5py.File], Any], reason: str
 ) -> None:
     restore(path, change)

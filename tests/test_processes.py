@@ -318,7 +318,7 @@ def test_28_29_torchruns_processes_refuse_once(tmp_path: Path) -> None:
         assert not (tmp_path / "outputs").exists() or not list((tmp_path / "outputs").iterdir())
 
 
-def test_34_a_crash_in_another_process_is_in_the_log(tmp_path: Path, command: Command) -> None:
+def test_41_a_crash_in_another_process_is_in_the_log(tmp_path: Path, command: Command) -> None:
     (tmp_path / "crash.py").write_text(
         "import os\nfrom mnist_lit import train\nfrom mnist_lit.model import MNISTClassifier\n"
         "if os.environ['RANK'] == '1':\n    MNISTClassifier.training_step = lambda *_: 1 / 0\ntrain.main()\n"

@@ -95,7 +95,7 @@ def test_the_most_confident_mistakes_come_first(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>" in page.text  # as text
 
 
-def test_34_a_report_that_cannot_be_written_loses_no_results(tmp_path: Path) -> None:
+def test_41_a_report_that_cannot_be_written_loses_no_results(tmp_path: Path) -> None:
     asked = settings("train", *colour.ASKED, "trainer.fast_dev_run=false", "trainer.max_steps=2")
     with pytest.raises(UserError, match=r"the report cannot be written \(TypeError: .*; the results are in .*/metrics"):
         train(tmp_path / "run", **asked)
@@ -108,7 +108,7 @@ def test_34_a_report_that_cannot_be_written_loses_no_results(tmp_path: Path) -> 
     assert results(tmp_path / "again")["test/confusion_matrix"] == found["test/confusion_matrix"]
 
 
-def test_34_what_was_found_is_on_the_terminal_and_what_failed_in_the_log(tmp_path: Path, command: Command) -> None:
+def test_41_what_was_found_is_on_the_terminal_and_what_failed_in_the_log(tmp_path: Path, command: Command) -> None:
     (tmp_path / "run" / "learning_curve.png").mkdir(parents=True)
     done = command(*QUICK, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 1 and re.search(r"^accuracy= 0\.\d+$", done.stdout, re.MULTILINE)

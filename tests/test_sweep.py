@@ -203,7 +203,7 @@ def test_28_a_sweep_with_a_refused_job_runs_the_others(tmp_path: Path, command: 
 
 
 @pytest.mark.slow
-def test_34_reports_that_cannot_be_written_lose_no_results_of_a_sweep(tmp_path: Path, command: Command) -> None:
+def test_41_reports_that_cannot_be_written_lose_no_results_of_a_sweep(tmp_path: Path, command: Command) -> None:
     (tmp_path / "s" / "summary.png").mkdir(parents=True)
     asked = ["-m", *colour.ASKED, "data.val_size=100", "seed=0,1", "hydra.sweep.dir=s"]
     done = command(*asked, cwd=tmp_path)

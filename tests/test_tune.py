@@ -314,7 +314,7 @@ def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_34_plots_that_cannot_be_written_lose_no_results_of_a_search(tmp_path: Path) -> None:
+def test_41_plots_that_cannot_be_written_lose_no_results_of_a_search(tmp_path: Path) -> None:
     from mnist_lit.sweeps.tune_report import report
 
     study = optuna.create_study(direction="maximize")
@@ -331,7 +331,7 @@ def test_34_plots_that_cannot_be_written_lose_no_results_of_a_search(tmp_path: P
 
 
 @pytest.mark.slow
-def test_34_a_trial_whose_report_cannot_be_written_counts_with_its_value(tmp_path: Path, tune: Any) -> None:
+def test_41_a_trial_whose_report_cannot_be_written_counts_with_its_value(tmp_path: Path, tune: Any) -> None:
     asked = [*colour.ASKED[:2], *colour.ASKED[4:], *SMALL[1:], "~space.model"]
     done = tune("n_trials=1", f"storage={sqlite(tmp_path)}", *asked, cwd=tmp_path)
     assert done.returncode == 0 and "the report cannot be written (TypeError: " in done.stdout, done
