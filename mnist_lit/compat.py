@@ -36,6 +36,21 @@ def expand_sweep(overrides: list[Any]) -> list[list[str]]:
     return jobs
 
 
+def run_composed(task: Any, config: Any) -> None:
+    """What ``hydra.main`` does after composing the configuration: make the folder, set up logging, call the task.
+
+    ``hydra.main`` with a configuration as its argument skips all of that.
+    """
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.utils import JobRuntime, run_job, setup_globals
+    from hydra.types import HydraContext
+
+    setup_globals()
+    JobRuntime.instance().set("name", config.hydra.job.name)
+    context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
+    _ = run_job(task, config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context).return_value
+
+
 # Lightning 2.6.6
 
 

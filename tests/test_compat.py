@@ -243,3 +243,24 @@ def test_hydras_grid_has_the_order_of_its_basic_sweeper() -> None:
     parsed = OverridesParser.create().parse_overrides(["a=1,2", "b=range(2)", "c=3"])
     expected = [["a=1", "b=0", "c=3"], ["a=1", "b=1", "c=3"], ["a=2", "b=0", "c=3"], ["a=2", "b=1", "c=3"]]
     assert compat.expand_sweep(parsed) == expected
+
+
+def test_a_composed_configuration_runs_as_hydra_main_would_run_it(tmp_path: Path) -> None:
+    code = """
+from hydra.core.hydra_config import HydraConfig
+from mnist_lit import compat
+from mnist_lit.cli.config import ConfigFiles
+config = ConfigFiles("train").compose(["hydra.run.dir=run", "seed=3"])
+compat.run_composed(lambda config: print(config.seed, HydraConfig.get().runtime.output_dir), config)
+"""  # in a process of its own, because it sets up logging
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"3 {tmp_path}/run\n"
+    assert "seed: 3" in (tmp_path / "run" / ".hydra" / "config.yaml").read_text()
+    assert (tmp_path / "run" / "train.log").exists()

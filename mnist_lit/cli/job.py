@@ -68,6 +68,7 @@ class ChildProcess:
         environment: Its whole environment; None for that of this process.
         stdout: File descriptor of its standard output.
         stderr: File descriptor of its standard error.
+        composed: The configuration that the arguments give, if it has been composed and checked already.
     """
 
     def __init__(
@@ -78,9 +79,10 @@ class ChildProcess:
         environment: Mapping[str, str] | None = None,
         stdout: int = 1,
         stderr: int = 2,
+        composed: Any = None,
     ) -> None:
         outputs = [connection.Connection(os.dup(number)) for number in (stdout, stderr)]  # can be sent
-        given = (module, list(arguments), str(cwd or Path.cwd()), dict(environment or os.environ))
+        given = (module, list(arguments), str(cwd or Path.cwd()), dict(environment or os.environ), composed)
         with _one_at_a_time, launch.loading("PyTorch and Lightning"):  # by the server, before its first one
             self._process: BaseProcess = warm_up().Process(target=_become, args=(*given, *outputs), name=module)
             own = multiprocessing.get_start_method(allow_none=True)
@@ -134,6 +136,7 @@ def run(
     should_stop: Callable[[], bool] = lambda: False,
     poll_seconds: float = 0.5,
     threads: int | None = None,
+    composed: Any = None,
 ) -> Result:
     """Run ``python -m mnist_lit.<verb>`` to its end.
 
@@ -142,6 +145,7 @@ def run(
         quiet: Whether to hide its output.
         should_stop: Called every ``poll_seconds``; true asks the command to stop.
         threads: The number of CPU threads it may use; None leaves that to the environment.
+        composed: The configuration that the arguments give, if it has been composed and checked already.
 
     Raises:
         KeyboardInterrupt, Interrupted: This process was asked to stop. The command was stopped, too.
@@ -151,7 +155,7 @@ def run(
     with open(os.devnull, "wb") as nowhere:
         try:
             stdout = nowhere.fileno() if quiet else 1
-            command = ChildProcess(f"mnist_lit.{verb}", arguments, cwd, environment, stdout, send)
+            command = ChildProcess(f"mnist_lit.{verb}", arguments, cwd, environment, stdout, send, composed)
         finally:
             os.close(send)
     last: deque[str] = deque(maxlen=300)
@@ -232,6 +236,7 @@ def _become(
     arguments: list[str],
     cwd: str,
     environment: dict[str, str],
+    composed: Any,
     stdout: connection.Connection,
     stderr: connection.Connection,
 ) -> None:
@@ -254,6 +259,7 @@ def _become(
         torch.set_num_threads(int(threads))  # it has read the variable in the server
     multiprocessing.set_start_method(None, force=True)  # what this process starts is not bound to how it was started
     sys.argv[1:] = arguments
+    launch.composed = composed
     sys.path.insert(0, cwd)
     sys.modules.pop(module, None)  # if the process that has started this one has it as its main module
     atexit.unregister(os._exit)  # is meant for the server

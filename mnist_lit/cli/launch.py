@@ -33,6 +33,7 @@ from mnist_lit.storage.trust import require_trusted, targets
 
 log_crash = logging.getLogger("mnist_lit.crash")  # goes to the log file alone
 
+composed: Any = None  # the configuration, with Hydra's part, if another process has composed and checked it
 current: Any = None  # the ``VerbRun``, or the sweep, of this process, for ``callbacks.Prepare``
 tracebacks = False  # whether debug=true or HYDRA_FULL_ERROR=1 asks for the traceback of a UserError
 
@@ -69,7 +70,10 @@ def launch(
     hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     try:
         with files.errors_as_user_errors(flags.overrides), _exceptions_from_hydra():
-            if flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
+            if composed:
+                parent.tell_children()
+                compat.run_composed(command, composed)
+            elif flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
                 if not sweep:
                     raise UserError("-m: only train makes sweeps")
                 if ranks.by_torchrun():
@@ -222,6 +226,24 @@ def _check(verb: str, config: Any) -> None:
 
     with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} needs the folder
         _refuse_what_is_missing(checked_values(verb, config).get("trainer", {}))
+
+
+def for_another_process(verb: str, config: Any) -> Any:
+    """A composed configuration, checked, for the process that will run it.
+
+    Returns:
+        None if it is invalid: then the process composes it itself, and reports the error.
+    """
+    from omegaconf import OmegaConf, open_dict, read_write
+
+    try:
+        _check(verb, config)
+    except UserError:
+        return None
+    with read_write(config.hydra), open_dict(config.hydra):
+        for plugin in ("launcher", "sweeper"):  # pickle rejects classes that Hydra has reimported
+            config.hydra[plugin] = OmegaConf.to_container(config.hydra[plugin])
+    return config
 
 
 @contextlib.contextmanager

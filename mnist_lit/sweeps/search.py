@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from mnist_lit import UserError
-from mnist_lit.cli import job
+from mnist_lit.cli import job, launch
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, key_of, quoted
 from mnist_lit.cli.errors import suggestion
 from mnist_lit.storage import runs
@@ -182,6 +182,7 @@ class Search:
 
     def __post_init__(self) -> None:
         self.stop = threading.Event()
+        self.composing = threading.Lock()  # Hydra's state is global
         self.silent_since: dict[int, float] = {}  # running trials that have not sent a heartbeat yet
 
     def run(self) -> None:
@@ -253,6 +254,7 @@ class Search:
             quiet=True,
             should_stop=lambda: self.stop.is_set() or should_prune(),
             threads=max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None,
+            composed=self._composed(overrides),
         )
         pruned, stopped = should_prune(), self.stop.is_set()
         if best and (folder / "metrics.json").exists():
@@ -276,6 +278,12 @@ class Search:
         pending = (TrialState.RUNNING, TrialState.WAITING)
         ahead = sum(each.state in pending and each.number < trial.number for each in trials)
         return sum(map(counts, trials)) + ahead >= self.n_trials
+
+    def _composed(self, overrides: Sequence[str]) -> Any:
+        """A trial's configuration; None if it is invalid, so that the trial's own command reports it."""
+        with self.composing, contextlib.suppress(UserError), self.files.errors_as_user_errors(overrides):
+            return launch.for_another_process("train", self.files.compose(overrides))
+        return None
 
     def _after_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Log how a trial ended, since Optuna logs a traceback for a failure; give up if the first trials all fail."""

@@ -100,15 +100,17 @@ def _name(overrides: dict[str, str], swept: Sequence[str]) -> str:
 
 
 class Sweep:
-    """What Hydra's launcher calls for each job, perhaps in another process or on another machine.
+    """What Hydra's launcher calls, perhaps in another process or on another machine, with each job's configuration.
 
     Attributes:
         jobs: By their numbers.
         keys: Those by whose values the jobs differ.
         for_each: Arguments for each job's command besides its overrides.
+        output_subdir: ``hydra.output_subdir`` of each job.
         quiet: Whether to hide the output of the jobs, because they run side by side.
     """
 
+    output_subdir: str | None = None
     quiet = False
 
     def __init__(self, verb: str, files: ConfigFiles) -> None:
@@ -141,7 +143,8 @@ class Sweep:
         mine.status, mine.reason = "running", ""
         mine.write()
         try:
-            ended = job.run(self.verb, self._arguments(mine), self.cwd, self.quiet)
+            arguments, composed = self._arguments(mine), self._composed(mine, config)
+            ended = job.run(self.verb, arguments, self.cwd, self.quiet, composed=composed)
             mine.status = "finished"
             if ended.code or not mine.results:
                 reason = ended.reason.removeprefix(f"{self.verb}: ") if ended.code else "it ended without results"
@@ -163,6 +166,22 @@ class Sweep:
             each = [override for override in each if is_one_of(override.split("=")[0], MAY_CHANGE)]
             return [*each, *self.for_each, quoted(f"resume={mine.folder}")]
         return [*each, *self.for_each, quoted(f"hydra.run.dir={mine.folder}")]
+
+    def _composed(self, mine: Job, config: Any) -> Any:
+        """The job's configuration, as a run in the job's folder; None if the job's command has to compose it itself,
+        which it does to resume."""
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+        from omegaconf import open_dict, read_write
+
+        if (mine.folder / "config.yaml").exists():
+            return None
+        with open_dict(config):
+            config.hydra = HydraConfig.get()
+        with read_write(config.hydra):
+            config.hydra.mode, config.hydra.output_subdir = RunMode.RUN, self.output_subdir
+            config.hydra.run.dir = str(mine.folder)
+        return launch.for_another_process(self.verb, config)
 
 
 def run(verb: str, files: ConfigFiles, flags: Any, hydra_main: Any) -> None:
@@ -219,7 +238,7 @@ class SweepCommand:
         for_each = [override for override in hydras if not OF_THE_SWEEP.match(override)] + ["hydra.mode=RUN"]
         for_each += [f"--config-name={self.flags.config_name}"] if self.flags.config_name else []
         for_each += [f"--config-dir={self.flags.config_dir}"] if self.flags.config_dir else []
-        self.task.for_each = for_each
+        self.task.for_each, self.task.output_subdir = for_each, config.hydra.output_subdir
         self.task.quiet = not config.hydra.launcher._target_.endswith(".BasicLauncher")  # jobs run side by side
         self.task.keys = differing(self.task.jobs)
         with read_write(config.hydra), open_dict(config.hydra):
