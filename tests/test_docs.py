@@ -2,28 +2,44 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 from conftest import Command
-from helpers import QUICK, ROOT
+from helpers import ROOT
+
+from mnist_lit import MNISTClassifier
 
 
 def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-def test_another_network_is_one_class_and_one_yaml_file(tmp_path: Path, command: Command) -> None:
-    (module,) = blocks("docs/another-network.md", "python")
+def test_another_network_is_one_class_and_one_yaml_file(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, load = blocks("docs/another-network.md", "python")
     (config,) = blocks("docs/another-network.md", "yaml")
-    (line,) = blocks("docs/another-network.md", "bash")
+    line, evaluate = blocks("docs/another-network.md", "bash")
     (tmp_path / "my_networks.py").write_text(module)
     (tmp_path / "my_conf" / "model").mkdir(parents=True)
     (tmp_path / "my_conf" / "model" / "perceptron.yaml").write_text(config)
     arguments = line.strip().removeprefix("python -m mnist_lit.train ").split()
-    done = command(*arguments, *QUICK, "--config-dir", "my_conf", "hydra.run.dir=run", cwd=tmp_path)
+    short = ["data.source=sample", "trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+    done = command(*arguments, *short, "--config-dir", "my_conf", "hydra.run.dir=outputs/RUN", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test/loss"] < 5
+    assert json.loads((tmp_path / "outputs" / "RUN" / "metrics.json").read_text())["test/loss"] < 5
     assert "203,530 parameters" in done.stdout  # 784 x 256 + 256 + 256 x 10 + 10
+
+    arguments = shlex.split(evaluate.strip().removeprefix("python -m mnist_lit.evaluate "))
+    done = command(*arguments, "data.source=sample", verb="evaluate", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names: dict[str, object] = {"MNISTClassifier": MNISTClassifier}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(load, names)
+    assert type(names["classifier"].network).__name__ == "Perceptron"  # type: ignore[attr-defined]
 
     wrong = command("model=perceptron", "model.hiden=3", "--config-dir", "my_conf", cwd=tmp_path)
     assert wrong.stderr == "train: unknown key model.hiden; did you mean model.hidden?\n"
