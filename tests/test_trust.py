@@ -171,6 +171,28 @@ def test_35_a_small_file_does_not_take_much_memory(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_35_an_archive_that_is_a_list_of_a_million_entries(large: bool, tmp_path: Path) -> None:
+    path = saved(tmp_path / "list.ckpt", contents())
+    content = path.read_bytes()
+    end = content.rindex(b"PK\6\6")
+    start = int.from_bytes(content[end + 48 : end + 56], "little")  # of the list
+    entries = content[start:end] * 30_000
+    record, locator, last = content[end : end + 56], content[end + 56 : end + 76], bytearray(content[end + 76 :])
+    if large:
+        record = record[:40] + len(entries).to_bytes(8, "little") + record[48:]
+        locator = locator[:8] + (start + len(entries)).to_bytes(8, "little") + locator[16:]
+        last[12:16] = b"\xff" * 4
+        path.write_bytes(content[:start] + entries + record + locator + last)
+    else:
+        last[12:16] = len(entries).to_bytes(4, "little")
+        path.write_bytes(content[:start] + entries + last)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="too many entries"):
+        load(path)
+    assert time.monotonic() - started < 2
+
+
 class Allocates:
     def __init__(self, function: Callable[..., Any], size: int) -> None:
         self.reduced = (function, (size,))

@@ -7,8 +7,28 @@ from pathlib import Path
 
 from mnist_lit import UserError
 
-MAX_FILE = 2**25  # bytes; zipfile takes ten seconds and 300 MB for an archive that is nothing but a list of entries
+MAX_FILE = 2**25  # bytes
 MAX_ENTRIES = 1000
+MAX_LIST = 2**21  # bytes of an archive's list of entries, about 150 for each
+
+
+def require_short_list(path: Path) -> None:
+    """Check the length that an archive declares for its list of entries, all of which zipfile keeps in memory.
+
+    Raises:
+        zipfile.BadZipFile: It is longer than ``MAX_LIST``.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**17))  # a comment may follow, of up to 2**16 bytes
+        end = file.read()
+    fields = [(b"PK\5\6", 12, 4), (b"PK\6\6", 40, 8)]  # the record at the end, and the one for large archives
+    lengths = [
+        int.from_bytes(end[at + offset : at + offset + size], "little")
+        for signature, offset, size in fields
+        if (at := end.rfind(signature)) >= 0
+    ]
+    if any(length > MAX_LIST and length != 2**32 - 1 for length in lengths):  # the latter refers to the other record
+        raise zipfile.BadZipFile("too many entries")
 
 
 def read_entry(path: Path, name: str, most: int) -> bytes:
@@ -24,6 +44,7 @@ def read_entry(path: Path, name: str, most: int) -> bytes:
     try:
         if (size := path.stat().st_size) > MAX_FILE:
             raise UserError(f"{path} has {size:,} bytes, but at most {MAX_FILE:,} are read")
+        require_short_list(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if len(names) > MAX_ENTRIES or len(set(names)) < len(names):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import UserError
+from mnist_lit.storage.archives import require_short_list
 from mnist_lit.storage.trust import require_trusted, targets
 
 # Bounds of what is read. PyTorch does not compress, so a checkpoint takes no more memory than its file.
@@ -50,6 +51,7 @@ def corruption(path: Path) -> str:
     if (size := path.stat().st_size) > MAX_BYTES:
         return f"{path} has {size / 2**30:.1f} GiB; checkpoints have at most {MAX_BYTES / 2**30:g}"
     try:
+        require_short_list(path)
         with zipfile.ZipFile(path) as archive:
             if reason := _oddity(archive.infolist(), size):
                 return f"{path} is not a checkpoint as PyTorch writes them ({reason})"
