@@ -65,21 +65,18 @@ def train(
     recorder, predictions = RunRecorder(folder), PredictionCollector()
     own = [SeedEachBatch(seed), StopOnNaN(), recorder, checkpoints, predictions, *harness.build_callbacks(callbacks)]
     lightning_trainer = harness.build_trainer(folder, trainer, logger, own, datamodule, resumed=bool(resume))
-    harness.prepare_data(lightning_trainer, datamodule, trainer)
-    harness.require_validation(lightning_trainer, scheduler, datamodule)
+    harness.prepare_data(lightning_trainer, datamodule, trainer, scheduler)
 
     config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "trainer": trainer}
-    config |= {"scheduler": scheduler, "callbacks": callbacks, "checkpoint": checkpoint or {}, "logger": logger}
-    config |= sections
+    config |= {"scheduler": scheduler, "callbacks": callbacks, "logger": logger, "checkpoint": checkpoint or {}, **sections}
     is_first = lightning_trainer.is_global_zero
     with runs.locked(folder) if is_first else nullcontext():
         if is_first:
             (runs.reopen if resume else runs.create)(folder, config, datamodule.facts)
         harness.log_header(lightning_trainer, classifier, datamodule, config, resume)
-        with harness.log_above_progress_bar(lightning_trainer), harness.misconfiguration_as_user_error():
+        with harness.fitting(lightning_trainer):
             start = resume if resume and Path(resume).is_file() else None
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
-        harness.log_why_stopped(lightning_trainer)
         (test,) = lightning_trainer.test(classifier, datamodule, ckpt_path=checkpoints.best_path, verbose=False)
         results = {**test, **training_results(recorder, checkpoints.best_path), "seed": seed}
         results |= {"max_epochs": trainer.get("max_epochs"), **harness.conditions(lightning_trainer, datamodule)}
@@ -90,8 +87,7 @@ def train(
             print("loss=", results["test/loss"])  # the tutorial's own two lines
             print("accuracy=", results["test/acc"])
             with only_showing("the report", folder):
-                if recorder.history:
-                    learning_curve(recorder.history, results, folder / "learning_curve.png")
+                learning_curve(recorder.history, results, folder / "learning_curve.png")
                 write_report(folder / "report.html", results, config, predictions, classifier.network, recorder.history)
         return results
 

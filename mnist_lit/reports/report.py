@@ -27,10 +27,12 @@ def learning_curve(history: list[dict[str, Any]], results: dict[str, Any], path:
     """Plot loss and accuracy per epoch, with the test results as dotted lines.
 
     Args:
-        history: A row per epoch, as in ``RunRecorder.history``.
+        history: A row per epoch, as in ``RunRecorder.history``. If it is empty, nothing is drawn.
         results: The content of ``metrics.json``.
         path: The image file to write; its suffix selects the format.
     """
+    if not history:
+        return
     figure = Figure(figsize=(9, 3.8))
     # Set by hand, because a layout engine takes as long as the drawing itself.
     figure.subplots_adjust(left=0.07, right=0.985, top=0.86, bottom=0.13, wspace=0.16)

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,10 @@ __all__ = [
     "build_trainer",
     "checkpoints",
     "conditions",
+    "fitting",
     "keep_freed_memory",
-    "log_above_progress_bar",
     "log_header",
-    "log_why_stopped",
-    "misconfiguration_as_user_error",
     "prepare_data",
-    "require_validation",
 ]
 
 log = logging.getLogger("mnist_lit.train")
@@ -129,17 +126,23 @@ class TerminateOtherRanks(L.Callback):
 
 
 def prepare_data(
-    trainer: L.Trainer, data: Any, arguments: dict[str, Any], stages: Sequence[str] = ("train", "val", "test")
+    trainer: L.Trainer,
+    data: Any,
+    arguments: dict[str, Any],
+    scheduler: dict[str, Any] | None = None,
+    stages: Sequence[str] = ("train", "val", "test"),
 ) -> None:
     """Set up the data, and check what Lightning would notice late or never.
 
     Args:
         arguments: The section ``trainer`` of the configuration.
+        scheduler: The section ``scheduler``.
         stages: What the data will be used for.
 
     Raises:
         UserError: The data are missing or corrupt, a fraction of the batches selects none, the validation interval is
-            longer than an epoch, or a batch cannot be divided equally among the processes.
+            longer than an epoch, a batch cannot be divided equally among the processes, or something monitors validation
+            and there is no validation split.
     """
     data.prepare_data()
     data.setup()
@@ -149,6 +152,9 @@ def prepare_data(
             raise UserError(f"trainer.limit_{stage}_batches={limit}: selects no batch (there are {batches})")
     if "train" not in stages:
         return
+    for name, metric in _monitored(trainer, scheduler).items():
+        if str(metric).startswith("val") and not data.facts["val"]:
+            raise UserError(f"{name} monitors {metric}, and there is no validation split: set data.val_size")
     count, processes, interval = data.facts["train"], trainer.world_size, arguments.get("val_check_interval")
     batches = math.ceil(count / data.batch_size)
     if isinstance(interval, int) and interval > batches and arguments.get("check_val_every_n_epoch", 1) is not None:
@@ -160,20 +166,25 @@ def prepare_data(
         )
 
 
-def require_validation(trainer: L.Trainer, scheduler: dict[str, Any] | None, data: Any) -> None:
-    """
-    Raises:
-        UserError: A callback or the scheduler monitors validation, and there is no validation split.
-    """
+def _monitored(trainer: L.Trainer, scheduler: dict[str, Any] | None) -> dict[str, str | None]:
+    """The metric that each callback and the scheduler monitors."""
     monitored = {f"callbacks: {type(each).__name__}": getattr(each, "monitor", None) for each in _callbacks(trainer)}
-    monitored["scheduler"] = (scheduler or {}).get("monitor")
-    for name, metric in monitored.items():
-        if str(metric).startswith("val") and not data.facts["val"]:
-            raise UserError(f"{name} monitors {metric}, and there is no validation split: set data.val_size")
+    return {**monitored, "scheduler": (scheduler or {}).get("monitor")}
 
 
-def log_why_stopped(trainer: L.Trainer) -> None:
-    """Log the reason of each callback that has stopped the run early."""
+@contextmanager
+def fitting(trainer: L.Trainer) -> Iterator[None]:
+    """In this block, log lines appear above the progress bar; at its end, those that stopped the run early say why.
+
+    Raises:
+        UserError: Lightning finds the configuration wrong.
+    """
+    bar = logging_redirect_tqdm() if trainer.is_global_zero else nullcontext()  # only it has a bar
+    try:
+        with bar:
+            yield
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
     for callback in _callbacks(trainer):
         if reason := getattr(callback, "stopping_reason_message", None):
             log.info("stopped early: %s", " ".join(reason.split()))
@@ -182,15 +193,6 @@ def log_why_stopped(trainer: L.Trainer) -> None:
 def _callbacks(trainer: Any) -> list[Any]:
     callbacks: list[Any] = trainer.callbacks  # public, but Lightning does not declare it
     return callbacks
-
-
-@contextmanager
-def misconfiguration_as_user_error() -> Iterator[None]:
-    """In this block, what Lightning finds wrong with the configuration is a ``UserError``."""
-    try:
-        yield
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
 
 
 def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str, Any], resume: Any) -> None:
@@ -207,11 +209,6 @@ def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str,
         where = Path(resume)
         start = where.name if where.is_file() else "its beginning"
         log.info("resuming %s from %s", runs.display_path(Path(trainer.default_root_dir)), start)
-
-
-def log_above_progress_bar(trainer: L.Trainer) -> AbstractContextManager[None]:
-    """In this block, lines of the log appear above the progress bar."""
-    return logging_redirect_tqdm() if trainer.is_global_zero else nullcontext()  # only it has a bar
 
 
 def conditions(trainer: L.Trainer, data: Any) -> dict[str, Any]:
