@@ -1,6 +1,5 @@
 """``MNISTClassifier``: a LightningModule with the network, loss, metrics and optimizer."""
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from mnist_lit import UserError
 from mnist_lit.build import build, require_fitting_weights
 from mnist_lit.metrics import StageMetrics
+from mnist_lit.schedulers import build_scheduler, for_lightning
 from mnist_lit.storage.checkpoint_file import (
     hyper_parameters,
     network_weights,
@@ -23,13 +23,6 @@ from mnist_lit.storage.provenance import UNKNOWN_DATA, trained_on, why_not_to_te
 
 TUTORIAL_MODEL = {"_target_": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "cpu_kernel": True}
 TUTORIAL_OPTIMIZER = {"_target_": "torch.optim.Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
-
-LIGHTNING_KEYS = (
-    "interval",
-    "frequency",
-    "monitor",
-)  # of the section ``scheduler``; the others are its class' arguments
-LENGTHS = ("T_max", "total_steps", "total_iters")  # arguments of schedulers for which None means the whole run
 
 
 class MNISTClassifier(L.LightningModule):
@@ -62,7 +55,9 @@ class MNISTClassifier(L.LightningModule):
         self.network = build("model", model, nn.Module)
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
-        self._optimizer_and_scheduler(steps=1000)  # fail early on invalid arguments
+        built = self._optimizer()  # fail early on invalid arguments
+        if scheduler:
+            build_scheduler(scheduler, built, length=1000)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -93,30 +88,13 @@ class MNISTClassifier(L.LightningModule):
         return self.network(images).softmax(dim=1)
 
     def configure_optimizers(self) -> Any:
-        scheduler = self.hparams["scheduler"]
-        if not scheduler:
-            return self._optimizer_and_scheduler()[0]
-        by_step = scheduler.get("interval", "epoch") == "step"
-        steps = self.trainer.estimated_stepping_batches if by_step else self.trainer.max_epochs
-        optimizer, built = self._optimizer_and_scheduler(steps)
-        of_lightning = {key: scheduler[key] for key in LIGHTNING_KEYS if key in scheduler}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": built, **of_lightning}}
-
-    def _optimizer_and_scheduler(self, steps: float | None = None) -> tuple[torch.optim.Optimizer, Any]:
-        """
-        Args:
-            steps: The length of the run in steps of the scheduler, for arguments that leave it open.
-        """
-        optimizer = build("optimizer", self.hparams["optimizer"], torch.optim.Optimizer, self.parameters())
+        optimizer = self._optimizer()
         if not (scheduler := self.hparams["scheduler"]):
-            return optimizer, None
-        arguments = {key: value for key, value in scheduler.items() if key not in LIGHTNING_KEYS}
-        for key in LENGTHS:
-            if key in arguments and arguments[key] is None:
-                if steps is None or not 0 < steps < math.inf:
-                    raise UserError(f"scheduler.{key}=null: this run has no end, so its length must be given here")
-                arguments[key] = int(steps)
-        return optimizer, build("scheduler", arguments, torch.optim.lr_scheduler.LRScheduler, optimizer)
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": for_lightning(scheduler, optimizer, self.trainer)}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return build("optimizer", self.hparams["optimizer"], torch.optim.Optimizer, self.parameters())
 
     def setup(self, stage: str) -> None:
         if self.trainer.strategy.root_device.type not in ("cpu", "cuda"):

@@ -67,8 +67,8 @@ def train(
     lightning_trainer = harness.build_trainer(folder, trainer, logger, own, datamodule, resumed=bool(resume))
     harness.prepare_data(lightning_trainer, datamodule, trainer, scheduler)
 
-    config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "trainer": trainer}
-    config |= {"scheduler": scheduler, "callbacks": callbacks, "logger": logger, "checkpoint": checkpoint or {}, **sections}
+    config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "scheduler": scheduler}
+    config |= {"trainer": trainer, "callbacks": callbacks, "checkpoint": checkpoint or {}, "logger": logger, **sections}
     is_first = lightning_trainer.is_global_zero
     with runs.locked(folder) if is_first else nullcontext():
         if is_first:

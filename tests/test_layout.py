@@ -15,6 +15,7 @@ FLOORS = [
     ["__init__", "compat"],
     ["storage", "kernels"],
     ["network", "build", "batches", "metrics"],
+    ["schedulers"],
     ["data", "model"],
     ["training", "inference", "reports"],
     ["cli"],

@@ -9,8 +9,8 @@ from mnist_lit import UserError
 KNOWN = (
     "mnist_lit.network",
     "mnist_lit.data",
+    "mnist_lit.schedulers",
     "mnist_lit.training.callbacks",
-    "mnist_lit.training.schedulers",
     "torch.optim",
     "torch.optim.lr_scheduler",
     "lightning",
