@@ -41,8 +41,8 @@ def serve(
             from mnist_lit.inference.trained import load
             from mnist_lit.inference.web import application
 
-        torch.set_num_threads(1)  # predictions run in parallel, one per core
         model = load(latest.resolve(ckpt), trust)
+        torch.set_num_threads(1)  # predictions run in parallel, one per core
         address = f"http://{LOOPBACK[0]}:{listener.getsockname()[1]}"
 
         def ready() -> None:

@@ -37,15 +37,21 @@ PATIENCE = 15.0  # seconds; the server's own limits are shorter
 class Server:
     """A server process under way; ``with Server("ckpt=...") as server:`` waits until it is ready."""
 
-    def __init__(self, *overrides: str, files: int | None = None, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(self, *overrides: str, files: int | None = None, held: int = 0) -> None:
+        """
+        Args:
+            files: The limit of open files.
+            held: How many of them are open for something else.
+        """
         self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        hold = f"import os, sys; [os.dup2(2, 3 + n) for n in range({held})]; os.execv(sys.argv[1], sys.argv[1:])"
         limit = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []
+        limit += [sys.executable, "-c", hold] if held else []
         self.process = subprocess.Popen(
             [*limit, sys.executable, "-W", "ignore", "-m", "mnist_lit.serve", "port=0", *overrides],
             cwd=ROOT,
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            pass_fds=pass_fds,
         )
 
     def __enter__(self) -> Self:

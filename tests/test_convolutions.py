@@ -379,7 +379,9 @@ def test_39_make_base_compiles_again_where_the_source_is_another_whatever_the_da
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "Makefile", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    recipe = subprocess.check_output(["make", "-n", "base", f"RUN={sys.executable}"], cwd=tmp_path, text=True)
+    recipe = subprocess.check_output(
+        ["make", "-n", "--no-print-directory", "base", f"RUN={sys.executable}"], cwd=tmp_path, text=True
+    )
     compile_if_needed = recipe[recipe.index(f"{sys.executable} -m mnist_lit.kernels.library") :]
     folder = tmp_path / "mnist_lit" / "kernels"
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
-NUMBERS = {"checkpoint": (25, 300), "keras": (25, 150), "idx": (100, 700), "picture": (100, 500)}  # quick, slow
+NUMBERS = {"checkpoint": (25, 150), "keras": (25, 100), "idx": (100, 700), "picture": (100, 500)}  # quick, slow
 ROWS = {"checkpoint": "07_09_38", "keras": "40", "idx": "14", "picture": "31"}  # of docs/faults.md
 
 

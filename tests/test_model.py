@@ -104,7 +104,11 @@ def test_checkpoint_loads_with_weights_only_and_says_what_it_was_trained_on(fini
     content = torch.load(path, weights_only=True)
     (facts,) = content["data"]
     assert facts["name"] == "mnist-sample" and len(facts["sha256"]) == 64
-    assert content["hyper_parameters"] == {"model": TUTORIAL_MODEL, "optimizer": TUTORIAL_OPTIMIZER}
+    assert content["hyper_parameters"] == {
+        "model": TUTORIAL_MODEL,
+        "optimizer": TUTORIAL_OPTIMIZER,
+        "scheduler": None,
+    }
     classifier = MNISTClassifier.load_from_checkpoint(path)
     assert classifier.trained_on == content["data"]
     for name, value in classifier.state_dict().items():

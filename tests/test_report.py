@@ -102,7 +102,7 @@ def test_41_a_report_that_cannot_be_written_loses_no_results(tmp_path: Path) -> 
     found = results(tmp_path / "run")
     assert found["test/images"] == 1000 and len(found["test/confusion_matrix"]) == len(found["test/digits"]) == 12
 
-    again = settings("evaluate", *colour.ASKED[:3], f"ckpt={tmp_path / 'run'}")
+    again = settings("evaluate", *colour.ASKED[:3], f"ckpt={tmp_path / 'run'}", "trust=[colour]")
     with pytest.raises(UserError, match=r"the report cannot be written \(TypeError: "):
         evaluate(tmp_path / "again", **again)
     assert results(tmp_path / "again")["test/confusion_matrix"] == found["test/confusion_matrix"]

@@ -247,6 +247,7 @@ ODD: dict[str, Any] = {
     "model's keys numbers": contents(hyper_parameters={"model": {1: 2}, "optimizer": {}}),
     "optimizer a string": contents(hyper_parameters={"model": TUTORIAL_MODEL, "optimizer": "adam"}),
     "dropout a string": with_model(_target_="mnist_lit.network.TutorialCNN", dropout="half"),
+    "dropout a tensor": with_model(_target_="mnist_lit.network.TutorialCNN", dropout=torch.zeros(2)),
     "dropout too large": with_model(_target_="mnist_lit.network.TutorialCNN", dropout=1e9),
     "an unknown argument": with_model(_target_="mnist_lit.network.TutorialCNN", depth=5),
     "a class that is not a network": with_model(_target_="mnist_lit.data.MNISTDataModule"),

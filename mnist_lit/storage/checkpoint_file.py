@@ -156,14 +156,28 @@ def _structure() -> Any:
             raise ValueError(f"must hold all its {value.numel():,} values")
         return value
 
+    def check_plain(value: Any) -> Any:
+        """Plain values, as in YAML: a tensor in place of a number would fail late, or mean something else."""
+        inside = [value]
+        while inside:
+            each = inside.pop()
+            if isinstance(each, dict):
+                inside += [*each, *each.values()]
+            elif isinstance(each, (list, tuple)):
+                inside += each
+            elif not isinstance(each, (str, int, float, bool, type(None))):
+                raise ValueError(f"must have plain values only, not a {type(each).__name__}")  # noqa: TRY004  # for pydantic
+        return value
+
     carries_along = with_config(ConfigDict(extra="allow", strict=True))
     section = dict[str, Any]
+    plain_section = Annotated[dict[str, Any], AfterValidator(check_plain)]
 
     @carries_along
     class HyperParameters(TypedDict):
-        model: section
-        optimizer: section
-        scheduler: NotRequired[section | None]
+        model: plain_section
+        optimizer: plain_section
+        scheduler: NotRequired[plain_section | None]
 
     @carries_along
     class Data(TypedDict):

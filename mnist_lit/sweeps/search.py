@@ -40,7 +40,7 @@ from mnist_lit.storage.tables import short
 log = logging.getLogger("mnist_lit.tune")
 
 HEARTBEAT_INTERVAL, GRACE_PERIOD = 5, 15  # seconds between heartbeats, and without one until a trial is stale
-POLL_INTERVAL = 4.0  # seconds between checks for stale trials
+POLL_INTERVAL = 2.0  # seconds between checks for stale trials
 MAX_RETRIES = 3  # of a trial whose process was killed
 FIRST_FAILURES = 3  # if the first trials all fail, the parameters are not to blame
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that was asked to stop
