@@ -4,6 +4,8 @@ Imports only Pillow, NumPy and SciPy, so that worker processes start quickly.
 """
 
 import io
+import os
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -84,12 +86,14 @@ def read_grey(
 def _content(file: str | Path | BinaryIO) -> bytes:
     if not isinstance(file, (str, Path)):
         content = file.read(MAX_BYTES + 1)
-    elif Path(file).is_fifo():  # which would wait for a writer
-        raise ImageError("is not a regular file")
+        size = len(content)
     else:
-        with open(file, "rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
+        status = os.stat(file)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe would wait for a writer
+            raise ImageError("is not a regular file")
+        size = status.st_size
+        content = Path(file).read_bytes() if size <= MAX_BYTES else b""
+    if size > MAX_BYTES:
         raise ImageError(f"has more than {MAX_BYTES:,} bytes")
     return content
 
