@@ -329,6 +329,17 @@ def test_33_there_are_no_more_connections_than_files_may_be_open() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_answers_on_one_connection_come_at_once(server: Server) -> None:
+    connection, seconds = http.client.HTTPConnection(HOST, server.port), []
+    for _ in range(60):  # the first are quick in any case
+        started = time.perf_counter()
+        connection.request("POST", "/predict", ZERO)
+        assert connection.getresponse().read()
+        seconds.append(time.perf_counter() - started)
+    connection.close()
+    assert min(seconds[-20:]) < 0.035  # 0.04 if the system holds back the second half of an answer
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("others", "lines"), [(0, 0), (50, 1)], ids=["as expected", "others hold most of them"])
 def test_33_with_64_file_descriptors_good_requests_are_answered(good_run: Path, others: int, lines: int) -> None:

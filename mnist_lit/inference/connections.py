@@ -159,6 +159,8 @@ class _Server(uvicorn.Server):
                 await asyncio.sleep(0.1)
                 continue
             try:
+                # Otherwise the body of an answer waits 40 ms for the client's word that it has received the head.
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 await loop.connect_accepted_socket(self._connection, client)
             except OSError:  # the client has gone
                 client.close()
