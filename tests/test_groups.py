@@ -11,7 +11,9 @@ from helpers import ROOT, assert_same, final, small
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import settings
+from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN
 from mnist_lit.cli.resume import Run, continued, find
+from mnist_lit.schedulers import LENGTHS
 from mnist_lit.storage import runs
 from mnist_lit.train import train
 
@@ -63,6 +65,10 @@ def test_a_scheduler_ends_with_its_rate_and_resumes_exactly(
     assert found == pytest.approx(rate, abs=1e-9)
     for step in (4, 8):  # from the end of the first epoch, and of the second
         assert_same(killed_and_resumed(tmp_path / str(step), step, *overrides), final(tmp_path / "whole"))
+
+
+def test_the_command_line_knows_which_schedules_are_as_long_as_the_run() -> None:
+    assert {f"scheduler.{key}" for key in LENGTHS} == set(AS_LONG_AS_THE_RUN)
 
 
 def test_every_scheduler_has_been_tried() -> None:

@@ -14,7 +14,7 @@ MAY_CHANGE = (
     *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
     *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
 )
-# Null stands for the length of the whole run, which then cannot change.
+# Null stands for the length of the whole run, which then cannot change: ``schedulers.LENGTHS``, whose module needs torch.
 AS_LONG_AS_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
 # The classes of sections that need not name one: those of older runs.
 CLASSES = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Trainer"}

@@ -12,6 +12,7 @@ from mnist_lit.cli.config import ConfigFiles, flatten
 from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, CLASSES, MAY_CHANGE, is_one_of
 from mnist_lit.storage import runs
 from mnist_lit.storage.checkpoint_file import corruption, with_current_names
+from mnist_lit.storage.tables import one_line
 
 SECTIONS = ("data", "model", "optimizer", "trainer")  # what a run's ``config.yaml`` has at least
 MAX_BYTES = 2**20  # of a ``config.yaml``
@@ -83,8 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
         if not (isinstance(config, dict) and all(isinstance(config.get(each), dict) for each in SECTIONS)):
             raise ValueError(f"it lacks one of the sections {', '.join(SECTIONS)}")
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not the configuration of a run ({reason})") from error
+        raise UserError(f"{path} is not the configuration of a run ({one_line(error)})") from error
     config |= {section: with_current_names(config[section]) for section in ("model", "optimizer")}
     return config | {section: {"_target_": target, **config[section]} for section, target in CLASSES.items()}
 

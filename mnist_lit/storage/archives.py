@@ -7,6 +7,9 @@ from pathlib import Path
 
 from mnist_lit import UserError
 
+# What zipfile raises for a malformed archive, besides BadZipFile.
+BROKEN = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
+
 MAX_FILE = 2**25  # bytes
 MAX_ENTRIES = 1000
 MAX_LIST = 2**21  # bytes of an archive's list of entries, about 150 for each
@@ -62,7 +65,7 @@ def read_entry(path: Path, name: str, most: int) -> bytes:
         raise
     except zipfile.BadZipFile as error:
         raise UserError(f"{path} is damaged ({str(error).rstrip('.')})") from error
-    except (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error) as error:
+    except BROKEN as error:
         raise UserError(f"{path} is damaged ({str(error) or type(error).__name__})") from error
     if len(content) != entry.file_size:
         raise UserError(f"{path} is damaged ({name} is shorter than declared)")

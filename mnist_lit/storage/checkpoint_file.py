@@ -2,25 +2,21 @@
 
 import pickletools
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mnist_lit import UserError
-from mnist_lit.storage.archives import require_short_list
+from mnist_lit.storage.archives import BROKEN, require_short_list
+from mnist_lit.storage.tables import one_line
 from mnist_lit.storage.trust import require_trusted, targets
 
 # Bounds of what is read. PyTorch does not compress, so a checkpoint takes no more memory than its file.
 MAX_BYTES = 4 * 2**30
 MAX_PICKLE = 4 * 2**20  # of everything but the tensors' values; a run of the tutorial has 5 kB
 MAX_ENTRIES = 10_000  # one for each tensor; a run of the tutorial has 36
-
-# What zipfile raises for a malformed archive, besides BadZipFile.
-BROKEN = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 
 # The instructions of a pickle that refer to a callable; PyTorch writes the first one only.
 CALLABLES = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
@@ -99,7 +95,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the pickle of an intact archive can be anything
-        raise UserError(f"{path} is not a checkpoint ({_in_short(error)})") from error
+        raise UserError(f"{path} is not a checkpoint ({one_line(error)})") from error
     _validate(content, path)
     return dict(content)
 
@@ -127,14 +123,14 @@ def _validate(content: Any, path: Path) -> None:
         _structure().validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
-        key = _in_short(".".join(str(part) for part in first["loc"] if part != "[key]"))
+        key = one_line(".".join(str(part) for part in first["loc"] if part != "[key]"))
         if first["type"] == "missing":
             raise UserError(f"{path} is not a checkpoint of this project: it has no {key}") from error
         reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
         raise UserError(f"{path} is not a checkpoint of this project: {key or 'it'} {reason}") from error
     for name, tensor in content["state_dict"].items():
         if not tensor.isfinite().all():
-            raise UserError(f"{path} has NaN or infinite values in {_in_short(name)}: it cannot be used")
+            raise UserError(f"{path} has NaN or infinite values in {one_line(name)}: it cannot be used")
 
 
 @cache
@@ -259,10 +255,5 @@ def require_same_shapes(own: Mapping[str, Any], found: Mapping[str, Any]) -> Non
     ]
     if differences:
         others = f" and {len(differences) - 12} more" if len(differences) > 12 else ""
-        listed = ", ".join(map(_in_short, differences[:12]))
+        listed = ", ".join(map(one_line, differences[:12]))
         raise UserError(f"the checkpoint does not fit this architecture: {listed}{others}")
-
-
-def _in_short(text: object) -> str:
-    """Text from a file, for a message: on one line and not too long."""
-    return " ".join(str(text).split())[:200]

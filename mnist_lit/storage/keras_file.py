@@ -11,6 +11,7 @@ import numpy as np
 
 from mnist_lit import UserError
 from mnist_lit.storage.archives import read_entry
+from mnist_lit.storage.tables import one_line
 
 # What defines a Keras layer; the rest of its configuration (name, initializers) may differ.
 COMPARED = ("module", "filters", "kernel_size", "pool_size", "strides", "padding", "dilation_rate", "groups", "units",
@@ -139,4 +140,4 @@ def _one_sentence(start: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{start} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"{start} ({type(error).__name__}: {one_line(error)})") from error

@@ -1,4 +1,4 @@
-"""Rows of values as CSV, and as a table in plain text."""
+"""Rows of values as CSV and as a table in plain text, and values and text in short."""
 
 import csv
 import io
@@ -25,3 +25,8 @@ def text_table(rows: Sequence[Sequence[str]], align: str = "<") -> str:
 def short(value: Any) -> str:
     """A value to show: floats have four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """Text from a file or an exception, for a message: on one line and not too long."""
+    return " ".join(str(text).split())[:limit]

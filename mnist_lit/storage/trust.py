@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mnist_lit import UserError
+from mnist_lit.storage.tables import one_line
 
 # The modules whose public classes any file may name. Importing them does nothing else.
 KNOWN = (
@@ -46,9 +47,7 @@ def require_trusted(values: Any, where: object, trust: Iterable[str], chosen: It
     for target in targets(values):
         is_name = isinstance(target, str) and len(target) < 200 and all(map(str.isidentifier, target.split(".")))
         if not is_name:
-            raise UserError(
-                f"{where}: _target_={' '.join(str(target).split())[:200]} is not the dotted name of a class"
-            )
+            raise UserError(f"{where}: _target_={one_line(target)} is not the dotted name of a class")
         is_trusted = any(f"{target}.".startswith(f"{each}.") for each in trust)
         if not (is_trusted or target in chosen or target.rpartition(".")[0] in KNOWN):
             package = target.partition(".")[0]
