@@ -1,18 +1,24 @@
 """Does a whole training here end where Keras' own does? Train both with many seeds; write docs/fidelity.md, .json, .png.
 
-python benchmarks/fidelity.py DATA [--keras 12] [--ours 20] [--variant NAME SEEDS OVERRIDE ...]
+python benchmarks/fidelity.py DATA [--keras 12] [--ours 20] [--keras-jax 0] [--variant NAME SEEDS OVERRIDE ...]
+                              [--jobs 1] [--add FILE ...]
 
 A process for each training, Keras and this project in turn. What is finished is in docs/fidelity.json; the same command
 goes on after a kill, and with more seeds after a finished one. A variant is this project with something changed, to find
 the cause of a difference: --variant "plain path" 8 model.cpu_kernel=false
+
+On a GPU Keras runs on JAX: --keras 0 --ours 0 --keras-jax 50 --variant "mnist_lit on a GPU" 50 trainer.accelerator=gpu
+--jobs 4. What was trained on another machine is added from its fidelity.json by --add.
 """
 
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 DOCS, RUNS = ROOT / "docs", ROOT / "outputs" / "fidelity"
-KERAS, OURS = "Keras on TensorFlow", "mnist_lit"
+KERAS, KERAS_JAX, OURS = "Keras on TensorFlow", "Keras on JAX", "mnist_lit"
 MARK = 0.0005  # the half-width of a test accuracy's interval that settles it
 
 HEAD = """\
@@ -38,7 +44,11 @@ page, `fidelity.json` and the picture. Intervals are of 95 %: of a mean by Stude
 def train_keras(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     python = ROOT / ".venv-bench" / "bin" / "python"
     done = subprocess.run(
-        [python, "benchmarks/tutorial_keras.py", data, str(seed)], cwd=ROOT, stdout=subprocess.PIPE, check=True
+        [python, "benchmarks/tutorial_keras.py", data, str(seed)],
+        cwd=ROOT,
+        env=os.environ | dict(override.split("=") for override in overrides),
+        stdout=subprocess.PIPE,
+        check=True,
     )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -62,6 +72,7 @@ def train_ours(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         "train/acc": [float(row["train/acc"]) for row in rows],
         "train/loss": [float(row["train/loss"]) for row in rows],
         "seconds": results["fit_seconds"],
+        "device": results["device"],
         "versions": results["versions"],
     }
 
@@ -170,30 +181,60 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--keras", type=int, default=12, metavar="SEEDS")
     parser.add_argument("--ours", type=int, default=20, metavar="SEEDS")
+    parser.add_argument("--keras-jax", type=int, default=0, metavar="SEEDS")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--add", nargs="+", default=[], metavar="FILE", help="fidelity.json of other machines")
     parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="NAME SEEDS OVERRIDE")
     arguments = parser.parse_args()
     data = str(Path(arguments.data).absolute())
     wanted: dict[str, tuple[int, Any, list[str]]] = {
         KERAS: (arguments.keras, train_keras, []),
         OURS: (arguments.ours, train_ours, []),
+        KERAS_JAX: (arguments.keras_jax, train_keras, ["KERAS_BACKEND=jax"]),
     }
     wanted |= {name: (int(count), train_ours, overrides) for name, count, *overrides in arguments.variant}
     path = DOCS / "fidelity.json"
-    state: dict[str, list[dict[str, Any]]] = {KERAS: [], OURS: []}
-    state |= json.loads(path.read_text()) if path.exists() else {}
+    state: dict[str, list[dict[str, Any]]] = {}
+    for file in [path, *map(Path, arguments.add)]:
+        for name, runs in json.loads(file.read_text()).items() if file.exists() else ():
+            known = [run["seed"] for run in state.setdefault(name, [])]
+            state[name] += [run for run in runs if run["seed"] not in known]
     missing = [
-        ((seed + 0.5) / count, name, seed, train, overrides)
-        for name, (count, train, overrides) in wanted.items()
+        ((seed + 0.5) / count, name, seed)
+        for name, (count, *_) in wanted.items()
         for seed in range(count)
         if seed not in [run["seed"] for run in state.get(name, [])]
     ]
-    for done, (_, name, seed, train, overrides) in enumerate(sorted(missing, key=lambda each: each[0])):
-        print(f"{done + 1} of {len(missing)}: {name}, seed {seed}", flush=True)
-        run = {"seed": seed, "commit": commit(), **train(data, seed, overrides)}
-        state.setdefault(name, []).append(run)
-        path.with_suffix(".part").write_text(json.dumps(state, indent=1) + "\n")
-        path.with_suffix(".part").replace(path)
-        print(f"test accuracy {run['test/acc']:.4f}, loss {run['test/loss']:.4f}, {run['seconds']:.0f} s", flush=True)
+
+    def train(name: str, seed: int) -> dict[str, Any]:
+        print(f"{name}, seed {seed}", flush=True)
+        _, function, overrides = wanted[name]
+        return {"seed": seed, "commit": commit(), **function(data, seed, overrides)}
+
+    failed = 0
+    pool = ThreadPoolExecutor(arguments.jobs)
+    started = {pool.submit(train, name, seed): name for _, name, seed in sorted(missing)}
+    try:
+        for done, future in enumerate(as_completed(started), 1):
+            name = started[future]
+            try:
+                run = future.result()
+            except subprocess.CalledProcessError as error:  # its own messages are above
+                failed += 1
+                print(f"{done} of {len(missing)}: {name}: {error}", flush=True)
+                continue
+            state.setdefault(name, []).append(run)
+            path.with_suffix(".part").write_text(json.dumps(state, indent=1) + "\n")
+            path.with_suffix(".part").replace(path)
+            print(
+                f"{done} of {len(missing)}: {name}, seed {run['seed']}: test accuracy {run['test/acc']:.4f}, "
+                f"loss {run['test/loss']:.4f}, {run['seconds']:.0f} s",
+                flush=True,
+            )
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed:
+        sys.exit(f"{failed} trainings failed; the same command tries them again")
     if min(len(runs) for runs in state.values()) < 2:
         sys.exit("an interval needs two seeds")
     (DOCS / "fidelity.md").write_text(document(state))

@@ -1,18 +1,20 @@
-"""The tutorial itself, in Keras 3 on TensorFlow, its learning rate set to 1.0; prints one JSON object.
+"""The tutorial itself, in Keras 3, its learning rate set to 1.0; prints one JSON object.
 
 python benchmarks/tutorial_keras.py DATA SEED [EPOCHS]     in the peers' environment, which `make bench` makes
+
+On TensorFlow, as the tutorial; with `KERAS_BACKEND=jax` in the environment on JAX, and on a GPU if JAX has one.
 """
 
+import importlib
 import json
 import os
 import sys
 import time
 
-os.environ["KERAS_BACKEND"] = "tensorflow"
+BACKEND = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import keras
-import tensorflow
 from contenders import mnist
 from keras import layers
 
@@ -46,9 +48,18 @@ def main(data: str, seed: int, epochs: int = 12) -> None:
         "train/acc": history["accuracy"],
         "train/loss": history["loss"],
         "seconds": seconds,
-        "versions": {"keras": keras.__version__, "tensorflow": tensorflow.__version__},
+        "device": device(),
+        "versions": {"keras": keras.__version__, BACKEND: importlib.import_module(BACKEND).__version__},
     }
     print(json.dumps(result))
+
+
+def device() -> str:
+    if BACKEND != "jax":
+        return "cpu"
+    import jax
+
+    return str(jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":
