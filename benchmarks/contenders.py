@@ -175,7 +175,6 @@ def lightning(workers: int, data: str, epochs: int, batches: int) -> Any:
     trainer = L.Trainer(
         max_epochs=epochs,
         limit_train_batches=batches,
-        accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         callbacks=[Clock()],

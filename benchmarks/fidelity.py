@@ -28,6 +28,7 @@ from scipy import stats
 ROOT = Path(__file__).parents[1]
 DOCS, RUNS = ROOT / "docs", ROOT / "outputs" / "fidelity"
 KERAS, KERAS_JAX, OURS = "Keras on TensorFlow", "Keras on JAX", "mnist_lit"
+KERASES = (KERAS, KERAS_JAX)
 MARK = 0.0005  # the half-width of a test accuracy's interval that settles it
 
 HEAD = """\
@@ -114,19 +115,20 @@ def document(state: dict[str, list[dict[str, Any]]]) -> str:
     for name, runs in state.items():
         cells = [with_half(mean_and_half(values(runs, *number))) for number in numbers]
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    for name, runs in list(state.items())[1:]:
-        cells = [with_half(difference(values(runs, *n), values(keras, *n)), "+") for n in numbers]
-        lines.append(f"| **{name} minus Keras** | | {' | '.join(cells)} |")
+    for name, other in ((name, other) for name in state if name not in KERASES for other in state if other in KERASES):
+        cells = [with_half(difference(values(state[name], *n), values(state[other], *n)), "+") for n in numbers]
+        lines.append(f"| **{name} minus {other}** | | {' | '.join(cells)} |")
     differences = [difference(values(ours, *n), values(keras, *n)) for n in numbers]
     contain = all(abs(mean) <= half for mean, half in differences)
     half = differences[0][1]
     verdict = (
-        "**Equal**: each of the four intervals contains 0"
+        "**equal**: each of the four intervals contains 0"
         if contain
-        else "**Not equal**: not every one of the four intervals contains 0"
+        else "**not equal**: not every one of the four intervals contains 0"
     )
     settled = "at most" if half <= MARK else "not yet at most"
-    lines += ["", f"{verdict}, and that of test accuracy is {settled} {MARK} wide on either side ({half:.5f})."]
+    lines += ["", f"{OURS} and {KERAS}: {verdict}, and that of test accuracy is {settled} {MARK} wide on either side"]
+    lines[-1] += f" ({half:.5f})."
     lines += ["", "## Training, epoch by epoch", "", "| epoch | train loss: Keras | here | difference |"]
     lines[-1] += " train accuracy: Keras | here | difference |"
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
@@ -141,11 +143,12 @@ def document(state: dict[str, list[dict[str, Any]]]) -> str:
         lines.append(f"| {epoch + 1} | {' | '.join(cells)} |")
     count = 2 * len(ours[0]["train/loss"])
     lines += ["", f"{outside} of these {count} intervals do not contain 0; by chance alone 1 in 20 would not."]
-    lines += ["", "## Every seed", "", "| | seed | test accuracy | test loss | seconds | commit |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines += ["", "## Every seed", "", "| | seed | test accuracy | test loss | device | seconds | commit |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for name, runs in state.items():
         for run in sorted(runs, key=lambda run: run["seed"]):
-            cells = [f"{run['test/acc']:.4f}", f"{run['test/loss']:.4f}", f"{run['seconds']:.0f}", run["commit"]]
+            cells = [f"{run['test/acc']:.4f}", f"{run['test/loss']:.4f}", run["device"]]
+            cells += [f"{run['seconds']:.0f}", run["commit"]]
             lines.append(f"| {name} | {run['seed']} | {' | '.join(cells)} |")
     pairs = [pair for runs in state.values() for run in runs for pair in run["versions"].items()]
     versions = dict.fromkeys(f"{name} {number}" for name, number in pairs)
@@ -161,7 +164,9 @@ def picture(state: dict[str, list[dict[str, Any]]]) -> None:
         mean, half = mean_and_half(accuracies)
         every_seed.plot([number] * len(runs), accuracies, ".", color=f"C{number}", alpha=0.4)
         every_seed.errorbar(number + 0.15, mean, half, fmt="o", capsize=4, color=f"C{number}")
-    every_seed.set_xticks(range(len(state)), [f"{name}\n{len(runs)} seeds" for name, runs in state.items()])
+    every_seed.set_xticks(
+        range(len(state)), [f"{name.replace(' on', chr(10) + 'on')}\n{len(runs)} seeds" for name, runs in state.items()]
+    )
     every_seed.set_xlim(-0.5, len(state) - 0.5)
     every_seed.set_title("test accuracy: seeds, mean, 95 % interval")
     differences = [

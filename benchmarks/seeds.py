@@ -42,7 +42,7 @@ def main(folders: list[Path]) -> None:
         lines += [row(device, str(run["seed"]), [run]) for run in runs]
         lines.append(row(f"**{device}**", f"**mean of {len(runs)} ± sd**", runs))
     if not any("NVIDIA" in device for device in sweeps):
-        lines.append("| GPU | | not measured | | | | |")
+        lines.append("| GPU | | see fidelity.md and gpu.md | | | | |")
     versions = {json.dumps(run["versions"]) for run in every}
     text = HEAD.format(**every[0]) + "\n".join(lines) + "\n\n"
     text += "".join(

@@ -30,15 +30,24 @@ class EpochBatches(Sampler[Tensor]):
         seed: Determines the order of the images together with the epoch; None keeps the original order.
         rank: This process's rank; every image goes to exactly one rank.
         processes: Number of processes that share each batch.
+        device: Where the indices are, which is that of the images.
 
     Attributes:
         given: Number of batches of this epoch yielded so far.
         resume_from: An ``epoch`` and the number of batches to skip in it (``given``); None to skip none.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int | None = None, rank: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int | None = None,
+        rank: int = 0,
+        processes: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes, self.device = rank, processes, device
         self.epoch = self.given = 0
         self.resume_from: dict[str, int] | None = None
 
@@ -52,7 +61,7 @@ class EpochBatches(Sampler[Tensor]):
         order = torch.arange(self.count) if self.seed is None else epoch_order(self.seed, self.epoch, self.count)
         state, self.resume_from = self.resume_from, None
         first = state["given"] if state and state["epoch"] == self.epoch else 0
-        for given, batch in enumerate(order.split(self.batch_size)[first:], first + 1):
+        for given, batch in enumerate(order.to(self.device).split(self.batch_size)[first:], first + 1):
             self.given = given
             yield batch[self.rank :: self.processes]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,7 +29,7 @@ SAMPLE_WARNING = """\
 
 
 class MNISTDataModule(L.LightningDataModule):
-    """MNIST held in memory; a batch is a single index operation followed by ToTensor's scaling.
+    """MNIST held in memory, that of the trainer's device; a batch is a single index operation and ToTensor's scaling.
 
     A batch is a pair: images float32 [B, 1, 28, 28] in [0, 1], labels int64 [B].
 
@@ -103,10 +104,13 @@ class MNISTDataModule(L.LightningDataModule):
 
     def _loader(self, images: Tensor, labels: Tensor, seed: int | None = None) -> DataLoader:
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        dataset = PixelDataset(images, labels, self.facts)
+        device = torch.device("cpu")
+        if self.trainer and self.trainer.state.status == TrainerStatus.RUNNING:  # else someone looks at the images
+            device = self.trainer.strategy.root_device  # all of MNIST fits there (47 MB), and no batch is copied
+        dataset = PixelDataset(images.to(device), labels.to(device), self.facts)
         if getattr(self.trainer, "overfit_batches", 0):  # Lightning then allows only a SequentialSampler
             return DataLoader(dataset, self.batch_size)
-        batches = EpochBatches(len(labels), self.batch_size, seed, rank, processes)
+        batches = EpochBatches(len(labels), self.batch_size, seed, rank, processes, device)
         # batch_size=None disables collation: the dataset returns whole batches. A generator of its own, because every
         # iterator draws a seed from it, which would otherwise advance the global generator that dropout uses.
         return ResumableLoader(dataset, sampler=batches, batch_size=None, generator=torch.Generator())
@@ -131,7 +135,8 @@ class PixelDataset(Dataset[tuple[Tensor, Tensor]]):
 
 def scale(pixels: Tensor) -> Tensor:
     """uint8 [..., 28, 28] to float32 [..., 1, 28, 28] in [0, 1], bit-for-bit equal to ToTensor."""
-    return pixels.unsqueeze(-3).to(torch.float32).div(255)
+    # Not by the number 255: CUDA would multiply by its reciprocal, which rounds otherwise in one pixel of six.
+    return pixels.unsqueeze(-3).to(torch.float32) / torch.full((), 255.0, device=pixels.device)
 
 
 def stratified_choice(labels: Tensor, size: int) -> Tensor:

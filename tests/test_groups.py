@@ -85,7 +85,7 @@ def test_the_rate_of_every_step(tmp_path: Path) -> None:
     assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.25, 0.0], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", [name for name in CALLBACKS if name != "cuda_graphs"])  # test_devices.py has it
 def test_a_callback_of_the_group_trains(name: str, tmp_path: Path) -> None:
     overrides = [f"callbacks={name}", "data.val_size=100", "logger=csv", "trainer.log_every_n_steps=1"]
     overrides += ["callbacks.throughput.window_size=2"] if name == "throughput" else []
@@ -100,6 +100,11 @@ def test_a_callback_of_the_group_trains(name: str, tmp_path: Path) -> None:
     assert of_callbacks.get(name, "val/acc") in logged
     if name in ("early_stopping", "ema", "swa"):  # those that have a state
         assert_same(killed_and_resumed(tmp_path / "killed", 5, *overrides), final(tmp_path / "whole"))
+
+
+def test_graphs_are_for_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs trainer\.accelerator=gpu and a CUDA device, not cpu"):
+        train(tmp_path, **small("callbacks=cuda_graphs"))
 
 
 def test_a_schedule_over_the_whole_run_does_not_get_longer() -> None:
