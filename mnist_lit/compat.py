@@ -74,6 +74,15 @@ def launched_processes(trainer: "L.Trainer") -> list[Any]:
     return processes
 
 
+def is_restoring(trainer: "L.Trainer") -> bool:
+    """Whether Lightning is between reading a checkpoint to resume from and having restored all of it.
+
+    No hook marks the end: optimizers and loops are restored after the last ``on_load_checkpoint``, and before any other
+    hook.
+    """
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
+
+
 # torchmetrics 1.9.0
 
 

@@ -135,6 +135,40 @@ print("alive")
     assert done.stdout.endswith("alive\n"), done.stderr
 
 
+class Restoring(L.Callback):
+    """Notes when Lightning is restoring a checkpoint."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, bool] = {}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
+        self.seen["loading"] = compat.is_restoring(trainer)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise RuntimeError("odd")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen["training"] = compat.is_restoring(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": 1}
+
+
+def test_is_restoring(tmp_path: Path) -> None:
+    """While hooks load, and still after one of them has failed; not in training."""
+    data = MNISTDataModule(source="sample", batch_size=1000)
+    require(trainer_for()._checkpoint_connector, "_loaded_checkpoint")
+    first, second = Restoring(), Restoring()
+    trainer = trainer_for(max_epochs=1, limit_train_batches=1, limit_val_batches=0, callbacks=[first])
+    trainer.fit(MNISTClassifier(), data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert first.seen == {"training": False}
+    trainer = trainer_for(max_epochs=2, callbacks=[second])
+    with pytest.raises(RuntimeError, match="odd"):
+        trainer.fit(MNISTClassifier(), data, ckpt_path=tmp_path / "a.ckpt")
+    assert second.seen == {"loading": True} and compat.is_restoring(trainer)
+
+
 def test_compute_locally() -> None:
     def gather(*_: Any, **__: Any) -> Any:
         raise AssertionError("type(metric).compute synchronizes: mnist_lit.compat expects the bare computation")

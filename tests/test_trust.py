@@ -1,12 +1,13 @@
 """Files from strangers decide neither what is imported nor how much memory is taken; numbers are rows of docs/faults.md."""
 
+import copy
 import pickle
 import resource
 import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import yaml
 from conftest import Command
 from helpers import assert_same, small
+from test_groups import Killed
 from torch import nn
 
 from mnist_lit import UserError
@@ -27,6 +29,8 @@ from mnist_lit.network import TutorialCNN
 from mnist_lit.predict import predict
 from mnist_lit.serve import serve
 from mnist_lit.storage import runs
+from mnist_lit.storage.checkpoint_file import read_checkpoint
+from mnist_lit.train import train
 
 OWN_NETWORK = """
 from pathlib import Path
@@ -278,6 +282,72 @@ def test_38_odd_content_gets_one_sentence(name: str, tmp_path: Path) -> None:
         with pytest.raises(UserError) as refused:
             loader(path)
         assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in its first epoch, after a checkpoint."""
+    folder, values = tmp_path_factory.mktemp("stopped") / "run", small("checkpoint.every_n_steps=2")
+    killer = {"_target_": "test_groups.KillAt", "step": 3}
+    with pytest.raises(Killed):
+        train(folder, **{**values, "trainer": {**values["trainer"], "callbacks": [killer]}})
+    return folder
+
+
+def parts(content: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The keys that lead to each part of a checkpoint."""
+    yield above
+    if isinstance(content, (dict, list)):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            yield from parts(content[key], (*above, key))
+
+
+def with_part(content: Any, keys: Sequence[Any], value: Any) -> Any:
+    """A copy of ``content`` with one part replaced, or without it if ``value`` is None."""
+    content = inside = copy.deepcopy(content)
+    for key in keys[:-1]:
+        inside = inside[key]
+    if value is None:
+        del inside[keys[-1]]
+    else:
+        inside[keys[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize("value", ["x", -3])
+def test_38_a_count_of_lightnings_loops_that_is_none_is_refused(value: Any, stopped: Path, tmp_path: Path) -> None:
+    content = torch.load(stopped / runs.LAST, weights_only=True)
+    counts = [keys for keys in parts(content) if keys and keys[-1] in ("ready", "completed", "_batches_that_stepped")]
+    assert len(counts) > 20
+    for keys in [*counts, ("pytorch-lightning_version",), ("recorded", "seconds" if value == "x" else "history")]:
+        path = saved(tmp_path / "odd.ckpt", with_part(content, keys, value))
+        with pytest.raises(UserError, match=r"is not a checkpoint of this project: \S+ must|\S+ Invalid version"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        *(([key], None) for key in ("pytorch-lightning_version", "loops", "optimizer_states", "recorded", "machine")),
+        (["optimizer_states"], []),
+        (["optimizer_states", 0, "param_groups"], None),
+        (["optimizer_states", 0, "param_groups", 0, "params"], [5]),
+        (["optimizer_states", 0, "state", 0], 5),
+        (["loops", "fit_loop"], None),
+        (["loops", "fit_loop", "epoch_loop.batch_progress"], None),
+        (["callbacks", "Checkpoints", "best"], None),
+        (["recorded", "metrics"], [{"loss": {}}]),
+    ],
+)
+def test_38_a_run_whose_checkpoint_lacks_a_part_is_not_resumed(
+    keys: list[Any], value: Any, stopped: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    content = torch.load(folder / runs.LAST, weights_only=True)
+    saved(folder / runs.LAST, with_part(content, keys, value))
+    with pytest.raises(UserError, match=r"is not the checkpoint of a run|cannot be resumed: its state") as refused:
+        train(folder, **{**small("checkpoint.every_n_steps=2"), "resume": str(folder / runs.LAST)})
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def _structure() -> Any:
     from typing import Annotated, NotRequired
 
     import torch
+    from packaging.version import Version
     from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
     from typing_extensions import TypedDict
 
@@ -165,6 +166,20 @@ def _structure() -> Any:
                 raise ValueError(f"must have plain values only, not a {type(each).__name__}")  # noqa: TRY004  # for pydantic
         return value
 
+    def check_version(value: str) -> str:
+        return str(Version(value))
+
+    def check_progress(value: Any) -> Any:
+        """Lightning's loops: where they stand is in counts, which it would only add to long after loading."""
+        inside = [value]
+        while inside:
+            each = inside.pop()
+            counts = each.values() if "ready" in each else [each.get("_batches_that_stepped", 0)]
+            if any(type(count) is not int or count < 0 for count in counts):
+                raise ValueError("must have counts that are integers and not negative")
+            inside += [one for one in each.values() if isinstance(one, dict)]
+        return value
+
     carries_along = with_config(ConfigDict(extra="allow", strict=True))
     section = dict[str, Any]
     plain_section = Annotated[dict[str, Any], AfterValidator(check_plain)]
@@ -185,6 +200,13 @@ def _structure() -> Any:
         processes: int
 
     @carries_along
+    class Recorded(TypedDict):
+        history: list[dict[str, float]]
+        validations: list[dict[str, float]]
+        seconds: float
+        fit_seconds: float
+
+    @carries_along
     class Checkpoint(TypedDict):
         state_dict: dict[str, Annotated[Any, AfterValidator(check_tensor)]]
         hyper_parameters: HyperParameters
@@ -192,7 +214,9 @@ def _structure() -> Any:
         machine: NotRequired[Machine]
         epoch: NotRequired[Annotated[int, Field(ge=0)]]
         global_step: NotRequired[Annotated[int, Field(ge=0)]]
-        loops: NotRequired[section]
+        lightning: NotRequired[Annotated[str, AfterValidator(check_version), Field(alias="pytorch-lightning_version")]]
+        loops: NotRequired[Annotated[section, AfterValidator(check_progress)]]
+        recorded: NotRequired[Recorded]
         callbacks: NotRequired[section]
         optimizer_states: NotRequired[list[section]]
         lr_schedulers: NotRequired[list[section]]

@@ -25,6 +25,15 @@ from mnist_lit.training.progress import epoch_name
 
 log = logging.getLogger(__name__)
 
+OF_A_RUN = (
+    "pytorch-lightning_version",
+    "loops",
+    "callbacks",
+    "optimizer_states",
+    "lr_schedulers",
+    "recorded",
+    "machine",
+)
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -46,8 +55,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise OSError(f"the written file does not read back: {reason}")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load with ``read_checkpoint``, which raises ``UserError``."""
-        return read_checkpoint(Path(path))
+        """
+        Raises:
+            UserError: ``read_checkpoint`` refuses it, or it is not that of a run.
+        """
+        checkpoint = read_checkpoint(Path(path))
+        if missing := [key for key in OF_A_RUN if not checkpoint.get(key)]:
+            raise UserError(f"{path} is not the checkpoint of a run: it has no {', '.join(missing)}")
+        return checkpoint
 
 
 class Checkpoints(Checkpoint):

@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from mnist_lit import UserError, compat
 from mnist_lit.build import call, find_class, instantiate
 from mnist_lit.storage import runs
+from mnist_lit.storage.tables import one_line
 from mnist_lit.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mnist_lit.training.memory import keep_freed_memory, peak_memory_bytes
 from mnist_lit.training.progress import ProgressBar
@@ -177,7 +178,7 @@ def fitting(trainer: L.Trainer) -> Iterator[None]:
     """In this block, log lines appear above the progress bar; at its end, those that stopped the run early say why.
 
     Raises:
-        UserError: Lightning finds the configuration wrong.
+        UserError: Lightning finds the configuration wrong, or what a checkpoint holds cannot be restored.
     """
     bar = logging_redirect_tqdm() if trainer.is_global_zero else nullcontext()  # only it has a bar
     try:
@@ -185,6 +186,11 @@ def fitting(trainer: L.Trainer) -> Iterator[None]:
             yield
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:
+        if isinstance(error, UserError) or not compat.is_restoring(trainer):
+            raise
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{trainer.ckpt_path} cannot be resumed: its state does not fit this run ({what})") from error
     for callback in _callbacks(trainer):
         if reason := getattr(callback, "stopping_reason_message", None):
             log.info("stopped early: %s", " ".join(reason.split()))
