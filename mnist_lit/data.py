@@ -69,11 +69,7 @@ class MNISTDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.facts:
             return
-        raw = self.dir / "MNIST" / "raw"
-        if self.source == "sample" or (self.source == "auto" and mnist_files.missing_files(raw)):
-            name, arrays = SAMPLE_NAME, mnist_files.read_sample()
-        else:
-            name, arrays = MNIST_NAME, mnist_files.read_mnist(raw)
+        name, arrays = self.read()
         train_images, train_labels, self.test_images, self.test_labels = arrays
         if not 0 <= self.val_size < len(train_labels):
             raise UserError(
@@ -90,6 +86,13 @@ class MNISTDataModule(L.LightningDataModule):
             "test": len(self.test_labels),
             "sha256": mnist_files.sha256(*(array.numpy().tobytes() for array in arrays)),
         }
+
+    def read(self) -> tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The name of the data; training images uint8 [N, 28, 28] and labels int64 [N], then those of the test."""
+        raw = self.dir / "MNIST" / "raw"
+        if self.source == "sample" or (self.source == "auto" and mnist_files.missing_files(raw)):
+            return SAMPLE_NAME, mnist_files.read_sample()
+        return MNIST_NAME, mnist_files.read_mnist(raw)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_images, self.train_labels, self.seed)

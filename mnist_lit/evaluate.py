@@ -11,6 +11,7 @@ from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.reports.results import evaluation_table, only_showing
 from mnist_lit.storage import runs
+from mnist_lit.storage.provenance import facts_of
 
 log = logging.getLogger("mnist_lit.evaluate")
 
@@ -56,7 +57,7 @@ def evaluate(
         results = {
             "test/loss": test["test/loss"],
             "test/acc": test["test/acc"],
-            **scores(predictions.probabilities, predictions.labels),
+            **scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes")),
             "ckpt": runs.display_path(path.absolute()),
             "trained_on": classifier.trained_on,
             "test_seconds": time.perf_counter() - started,

@@ -56,10 +56,10 @@ def export(
     with loading("PyTorch"):
         import torch
 
-        from mnist_lit.inference.trained import load
+        from mnist_lit.inference.trained import load_for_pictures
         from mnist_lit.storage.provenance import why_not_to_test
 
-    model = load(latest.resolve(ckpt), trust)
+    model = load_for_pictures(latest.resolve(ckpt), trust)
     with loading("torchvision and Lightning"):
         from mnist_lit.data import MNISTDataModule, scale
 

@@ -19,7 +19,7 @@ from mnist_lit.storage.checkpoint_file import (
     require_same_shapes,
     with_current_names,
 )
-from mnist_lit.storage.provenance import UNKNOWN_DATA, trained_on, why_not_to_test
+from mnist_lit.storage.provenance import UNKNOWN_DATA, facts_of, trained_on, why_not_to_test
 
 TUTORIAL_MODEL = {"_target_": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "cpu_kernel": True}
 TUTORIAL_OPTIMIZER = {"_target_": "torch.optim.Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
@@ -124,11 +124,11 @@ class MNISTClassifier(L.LightningModule):
         self._log("test")
 
     def on_train_start(self) -> None:
-        facts = _facts(self.trainer.train_dataloader)
+        facts = self._facts(self.trainer.train_dataloader)
         self.trained_on += [] if facts in self.trained_on else [facts]
 
     def on_test_start(self) -> None:
-        if reason := why_not_to_test(self.trained_on, _facts(self.trainer.test_dataloaders)["name"]):
+        if reason := why_not_to_test(self.trained_on, self._facts(self.trainer.test_dataloaders)["name"]):
             raise UserError(reason)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -159,8 +159,9 @@ class MNISTClassifier(L.LightningModule):
         """The ``StageMetrics`` of train, val or test."""
         return self.metrics[f"{stage}_metrics"]
 
-
-def _facts(loaders: Any) -> dict[str, Any]:
-    """The ``facts`` of the data set behind a loader, or behind the first of several."""
-    first = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
-    return getattr(getattr(first, "dataset", None), "facts", UNKNOWN_DATA)
+    def _facts(self, loaders: Any) -> dict[str, Any]:
+        """The ``facts`` of the data set behind a loader, or behind the first of several; else those of the data module."""
+        first = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
+        datamodule = getattr(self.trainer, "datamodule", None)
+        others = facts_of(datamodule) if datamodule else UNKNOWN_DATA
+        return getattr(getattr(first, "dataset", None), "facts", others)

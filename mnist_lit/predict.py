@@ -67,9 +67,9 @@ def predict(
         with loading("PyTorch"):  # while the workers are already reading
             import torch
 
-            from mnist_lit.inference.trained import load
+            from mnist_lit.inference.trained import load_for_pictures
 
-        model = load(latest.resolve(ckpt), trust)
+        model = load_for_pictures(latest.resolve(ckpt), trust)
         for batch in batches:
             pixels = [each for _, each, _ in batch if each is not None]
             probabilities: Iterator[list[float]] = iter(())

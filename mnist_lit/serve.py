@@ -38,10 +38,10 @@ def serve(
             import torch
 
             from mnist_lit.inference.connections import run
-            from mnist_lit.inference.trained import load
+            from mnist_lit.inference.trained import load_for_pictures
             from mnist_lit.inference.web import application
 
-        model = load(latest.resolve(ckpt), trust)
+        model = load_for_pictures(latest.resolve(ckpt), trust)
         torch.set_num_threads(1)  # predictions run in parallel, one per core
         address = f"http://{LOOPBACK[0]}:{listener.getsockname()[1]}"
 

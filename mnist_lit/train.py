@@ -8,6 +8,7 @@ from typing import Any
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.reports.results import only_showing, results_of_finished_run, training_results, training_table
 from mnist_lit.storage import runs
+from mnist_lit.storage.provenance import facts_of
 
 log = logging.getLogger("mnist_lit.train")
 
@@ -72,7 +73,7 @@ def train(
     is_first = lightning_trainer.is_global_zero
     with runs.locked(folder) if is_first else nullcontext():
         if is_first:
-            (runs.reopen if resume else runs.create)(folder, config, datamodule.facts)
+            (runs.reopen if resume else runs.create)(folder, config, facts_of(datamodule))
         harness.log_header(lightning_trainer, classifier, datamodule, config, resume)
         with harness.fitting(lightning_trainer):
             start = resume if resume and Path(resume).is_file() else None
@@ -80,7 +81,7 @@ def train(
         (test,) = lightning_trainer.test(classifier, datamodule, ckpt_path=checkpoints.best_path, verbose=False)
         results = {**test, **training_results(recorder, checkpoints.best_path), "seed": seed}
         results |= {"max_epochs": trainer.get("max_epochs"), **harness.conditions(lightning_trainer, datamodule)}
-        results |= scores(predictions.probabilities, predictions.labels)
+        results |= scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes"))
         if is_first:
             runs.write_json(folder / "metrics.json", results)
             log.info("\n%s", training_table(results, folder))

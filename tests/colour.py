@@ -1,12 +1,13 @@
-"""Images of a kind that the report cannot show, in twelve classes, and a network for them."""
+"""Colour images in twelve classes, a network for them, and one whose report fails."""
 
+import torch
 from torch import Tensor, nn
 
 from mnist_lit.data import MNISTDataModule
 
 ASKED = [
     *("data._target_=colour.ColourDigits", "data.source=sample", "trainer.accelerator=cpu", "trainer.fast_dev_run=2"),
-    *("model._target_=colour.Linear", "~model.dropout", "~model.cpu_kernel"),
+    *("model._target_=colour.Unreportable", "~model.dropout", "~model.cpu_kernel"),
 ]
 
 
@@ -25,3 +26,12 @@ class Linear(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layer(images.flatten(1))
+
+
+class Unreportable(Linear):
+    """Its first convolution has no kernels to draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Conv2d(1, 1, 1)
+        self.unused.weight = nn.Parameter(torch.zeros(1))

@@ -45,6 +45,23 @@ def test_another_network_is_one_class_and_one_yaml_file(
     assert wrong.stderr == "train: unknown key model.hiden; did you mean model.hidden?\n"
 
 
+def test_other_data_are_a_module_and_a_line(tmp_path: Path, command: Command) -> None:
+    (module,), (config,) = blocks("docs/own-data.md", "python"), blocks("docs/own-data.md", "yaml")
+    train, evaluate = (shlex.split(line)[3:] for line in blocks("docs/own-data.md", "bash"))
+    (tmp_path / "my_data.py").write_text(module)
+    (tmp_path / "my_conf" / "data").mkdir(parents=True)
+    (tmp_path / "my_conf" / "data" / "stripes.yaml").write_text(config)
+    short = ["trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+    done = command(*train, *short, "hydra.run.dir=outputs/RUN", cwd=tmp_path)
+    assert done.returncode == 0 and "15,365 parameters" in done.stdout, done.stderr  # 3 x 32 x 32 x 5 + 5
+    assert json.loads((tmp_path / "outputs" / "RUN" / "metrics.json").read_text())["test/images"] == 1000
+    done = command(*evaluate, verb="evaluate", cwd=tmp_path)
+    assert done.returncode == 0 and "500 images of my_data.Stripes" in done.stdout, done.stderr
+    by_file = ["data=stripes", "model._target_=my_data.Linear", *short, "--config-dir", "my_conf"]
+    done = command(*by_file, "hydra.run.dir=outputs/2", cwd=tmp_path)
+    assert json.loads((tmp_path / "outputs" / "2" / "metrics.json").read_text())["test/images"] == 1000, done.stderr
+
+
 def test_the_readmes_lines_for_a_notebook_run(monkeypatch, tmp_path: Path) -> None:
     (code,) = blocks("README.md", "python")
     monkeypatch.chdir(tmp_path)

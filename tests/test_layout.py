@@ -17,6 +17,7 @@ FLOORS = [
     ["network", "build", "batches", "metrics"],
     ["schedulers"],
     ["data", "model"],
+    ["mnist_like"],
     ["training", "inference", "reports"],
     ["cli"],
     ["sweeps"],

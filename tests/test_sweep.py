@@ -209,7 +209,7 @@ def test_41_reports_that_cannot_be_written_lose_no_results_of_a_sweep(tmp_path: 
     done = command(*asked, cwd=tmp_path)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and last.startswith("train: 2 of 2 jobs failed; summary.png cannot be written"), last
-    assert "failed: seed=0: the report cannot be written (TypeError: " in done.stdout
+    assert "failed: seed=0: the report cannot be written (IndexError: " in done.stdout
     with (tmp_path / "s" / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["failed"] * 2 and all(float(row["test/acc"]) >= 0 for row in rows)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
-from mnist_lit.cli.keys import PATHS
+from mnist_lit.cli.keys import OF_ONE_CLASS, PATHS, is_one_of
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
@@ -46,6 +46,7 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
     Raises:
         UserError: A required value is missing, or one has a wrong type or is out of range.
     """
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from mnist_lit.cli.schema import check
@@ -53,6 +54,12 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
     if missing := OmegaConf.missing_keys(_own(config)):
         raise UserError(f"{', '.join(f'{key}=' for key in sorted(missing))} must be given (--help shows how)")
     values = plain_values(config)
+    of_hydra = config.hydra if "hydra" in config else HydraConfig.get()  # inside a command Hydra keeps it apart
+    typed = [key_of(override) for override in of_hydra.overrides.task]
+    for section in OF_ONE_CLASS:
+        if f"{section}._target_" in typed and isinstance(values.get(section), dict):  # the file's keys are another's
+            kept = [key for key in values[section] if any(is_one_of(each, [f"{section}.{key}"]) for each in typed)]
+            values[section] = {key: values[section][key] for key in kept}
     check(verb, values)
     return values
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from mnist_lit import UserError
@@ -17,6 +18,7 @@ from mnist_lit.storage.checkpoint_file import (
     require_same_shapes,
 )
 from mnist_lit.storage.provenance import trained_on
+from mnist_lit.storage.tables import one_line
 
 if TYPE_CHECKING:
     from mnist_lit.model import MNISTClassifier
@@ -63,6 +65,22 @@ def load(ckpt: str | Path, trust: Iterable[str] = ()) -> TrainedModel:
     require_same_shapes({f"network.{key}": value for key, value in network.state_dict().items()}, weights)
     network.load_state_dict({key.removeprefix("network."): value for key, value in weights.items()})
     return TrainedModel(network, path, description, trained_on(checkpoint))
+
+
+def load_for_pictures(ckpt: str | Path, trust: Iterable[str] = ()) -> TrainedModel:
+    """``load`` a model for grey pictures of 28x28 pixels, which is what this project makes of any picture.
+
+    Raises:
+        UserError: As ``load``, or the network is for images of another kind.
+    """
+    model = load(ckpt, trust)
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 1, 28, 28))
+    except Exception as error:
+        reason = f"its network takes no images [N, 1, 28, 28]: {one_line(error)}"
+        raise UserError(f"{model.path} is a model for data of another kind ({reason})") from error
+    return model
 
 
 def load_classifier(path: str | Path, trust: Iterable[str] = ()) -> "MNISTClassifier":

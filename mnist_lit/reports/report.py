@@ -8,17 +8,18 @@ from typing import Any
 
 import jinja2
 import matplotlib
+import torch
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
+from mnist_lit.reports.scores import MAX_MISTAKES
 from mnist_lit.storage.atomic import atomic_write
-from mnist_lit.storage.provenance import SAMPLE_NAME
+from mnist_lit.storage.provenance import SAMPLE_NAME, summary
 
-MAX_MISTAKES = 40  # shown on the page
 CURVES = {"loss": "loss", "acc": "accuracy"}
 TEXT_COLOR = "#010203"  # placeholder for the text colour of the page, which depends on light or dark mode
 
@@ -39,10 +40,9 @@ def learning_curve(history: list[dict[str, Any]], results: dict[str, Any], path:
     for axes, key in zip(figure.subplots(1, 2), CURVES, strict=True):
         _draw_curve(axes, key, history, results)
         axes.set_title(CURVES[key])
-    data = results["data"]
-    caption = f"{data['name']}: {data['train']:,} training, {data['test']:,} test images, sha256 {data['sha256'][:16]}"
-    figure.suptitle(f"seed {results['seed']} · {caption}", fontsize=9)
-    figure.savefig(path, dpi=120, metadata={"Description": f"data {data['name']}, sha256 {data['sha256']}"})
+    data = summary(results["data"])
+    figure.suptitle(f"seed {results['seed']} · {data}", fontsize=9)
+    figure.savefig(path, dpi=120, metadata={"Description": f"data {data}"})
 
 
 def write_report(
@@ -72,6 +72,7 @@ def write_report(
     page = environment.get_template("report.html").render(
         results=results,
         trained="epochs" in results,
+        data=summary(results["data"]),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         is_sample=results["data"]["name"] == SAMPLE_NAME,
         curves=[(title, _curve_svg(key, history, results)) for key, title in CURVES.items()] if history else [],
@@ -136,13 +137,22 @@ def _worst_mistakes(predictions: Any) -> list[dict[str, Any]]:
     return [
         {
             "number": i,
-            "image": _data_url(predictions.images[i].numpy()),
+            "image": _picture(predictions.images[i]),
             "true": int(predictions.labels[i]),
             "predicted": int(predicted[i]),
             "confidence": float(confidence[i]),
         }
         for i in wrong[:MAX_MISTAKES].tolist()
     ]
+
+
+def _picture(image: Tensor) -> str:
+    """An image [C, H, W] for the page; empty if it is neither grey nor RGB. Values outside [0, 1] were normalized."""
+    if image.dim() != 3 or len(image) not in (1, 3):
+        return ""
+    low, high = min(0.0, float(image.min())), max(1.0, float(image.max()))
+    pixels = ((image - low) / (high - low) * 255).round().to(torch.uint8)
+    return _data_url((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy())
 
 
 def _data_url(pixels: Any) -> str:

@@ -76,7 +76,9 @@ def training_table(results: dict[str, Any], folder: Path) -> str:
 def evaluation_table(results: dict[str, Any], folder: Path) -> str:
     lines = ["digit  images  precision  recall      F1"]
     for row in results["test/digits"]:
-        lines.append(f"{row['digit']:5}{row['images']:8}{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}")
+        lines.append(
+            f"{row['digit']:5}{row['images']:8}{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}  {row.get('name', '')}".rstrip()
+        )
     lines.append("")
     for key, title in (("loss", "loss"), ("acc", "accuracy"), ("calibration_error", "calibration error")):
         lines.append(f"test {title:18}{results[f'test/{key}']:.4f}")

@@ -7,6 +7,20 @@ MNIST_NAME, SAMPLE_NAME = "mnist", "mnist-sample"  # how all of a run's files na
 UNKNOWN_DATA = {"name": "unknown"}  # training data from elsewhere than MNISTDataModule
 
 
+def facts_of(datamodule: Any) -> dict[str, Any]:
+    """Name, counts and checksum of the data, or only the class's name if the module does not say more (``facts``)."""
+    own: dict[str, Any] = getattr(datamodule, "facts", {})
+    return own or {"name": f"{type(datamodule).__module__}.{type(datamodule).__qualname__}"}
+
+
+def summary(facts: Mapping[str, Any]) -> str:
+    """ "mnist: 60,000 training, 10,000 test images, sha256 1e35582d42a90940", as far as it is known."""
+    kinds = {"train": "training", "val": "validation", "test": "test"}
+    counts = ", ".join(f"{facts[key]:,} {kind}" for key, kind in kinds.items() if facts.get(key))
+    text = f"{facts['name']}: {counts} images" if counts else str(facts["name"])
+    return f"{text}, sha256 {facts['sha256'][:16]}" if "sha256" in facts else text
+
+
 def trained_on(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The data sets that a checkpoint was trained on, according to itself."""
     data: list[dict[str, Any]] = checkpoint.get("data", [UNKNOWN_DATA])

@@ -173,7 +173,7 @@ class _WithoutAliases(yaml.SafeDumper):
 
 
 def _head(data_facts: dict[str, Any]) -> str:
-    return f"# data: {data_facts['name']}, sha256 {data_facts['sha256']}"
+    return f"# data: {data_facts['name']}, sha256 {data_facts.get('sha256', 'unknown')}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from mnist_lit.storage.tables import one_line
 KNOWN = (
     "mnist_lit.network",
     "mnist_lit.data",
+    "mnist_lit.mnist_like",
     "mnist_lit.schedulers",
     "mnist_lit.training.callbacks",
     "torch.optim",

@@ -12,10 +12,21 @@ from mnist_lit.training.progress import epoch_name
 
 
 class SeedEachBatch(L.Callback):
-    """Reseeds the generators that dropout uses before each training batch, from seed, epoch, batch index and rank."""
+    """Reseeds the generators that dropout uses before each training batch, from seed, epoch, batch index and rank.
+
+    And before each epoch, for loaders that shuffle by PyTorch's global generator.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self._loader_has_iterator = True
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.default_generator.manual_seed(number_from("epoch", self.seed, trainer.current_epoch))
+        # In the first epoch of a process, also of a resumed run, Lightning has made the loader's iterator before this.
+        if self._loader_has_iterator:
+            torch.empty((), dtype=torch.int64).random_()  # what making one draws
+            self._loader_has_iterator = False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, idx: int) -> None:
         number = number_from("batch", self.seed, trainer.current_epoch, idx, trainer.global_rank)

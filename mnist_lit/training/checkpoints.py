@@ -25,15 +25,7 @@ from mnist_lit.training.progress import epoch_name
 
 log = logging.getLogger(__name__)
 
-OF_A_RUN = (
-    "pytorch-lightning_version",
-    "loops",
-    "callbacks",
-    "optimizer_states",
-    "lr_schedulers",
-    "recorded",
-    "machine",
-)
+OF_A_RUN = ("pytorch-lightning_version", "loops", "callbacks", "optimizer_states", "recorded", "machine")
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 

@@ -20,7 +20,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mnist_lit import UserError, compat
 from mnist_lit.build import call, find_class, instantiate
+from mnist_lit.data import MNISTDataModule
 from mnist_lit.storage import runs
+from mnist_lit.storage.provenance import facts_of, summary
 from mnist_lit.storage.tables import one_line
 from mnist_lit.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mnist_lit.training.memory import keep_freed_memory, peak_memory_bytes
@@ -84,7 +86,7 @@ def build_trainer(
             callbacks=callbacks,
             logger=[_logger(name, options, folder, resumed) for name, options in (logger or {}).items()],
             default_root_dir=folder,
-            use_distributed_sampler=False,  # the loaders distribute each batch themselves
+            use_distributed_sampler=not isinstance(datamodule, MNISTDataModule),  # its loaders distribute each batch
         )
     except UserError as error:
         if arguments.get("accelerator") not in ("gpu", "cuda", "mps", "tpu"):
@@ -133,7 +135,7 @@ def prepare_data(
     scheduler: dict[str, Any] | None = None,
     stages: Sequence[str] = ("train", "val", "test"),
 ) -> None:
-    """Set up the data, and check what Lightning would notice late or never.
+    """Set up the data, and check what Lightning would notice late or never; other data modules are left to Lightning.
 
     Args:
         arguments: The section ``trainer`` of the configuration.
@@ -145,6 +147,8 @@ def prepare_data(
             longer than an epoch, a batch cannot be divided equally among the processes, or something monitors validation
             and there is no validation split.
     """
+    if not isinstance(data, MNISTDataModule):
+        return
     data.prepare_data()
     data.setup()
     for stage in stages:
@@ -206,11 +210,10 @@ def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str,
     if config["trainer"].get("enable_model_summary", True):
         parameters = sum(parameter.numel() for parameter in classifier.parameters())
         log.info("%s\n%s parameters", classifier.network, f"{parameters:,}")
-    name, checksum = data.facts["name"], data.facts["sha256"]
-    counts = [f"{data.facts[key]:,}" for key in ("train", "val", "test")]
-    log.info("data: %s, %s images to train on, %s to validate, %s to test, sha256 %s", name, *counts, checksum[:16])
+    facts = facts_of(data)
+    log.info("data: %s", summary(facts))
     for logger in trainer.loggers:
-        logger.log_hyperparams({"data_name": name, "data_sha256": checksum, **config})
+        logger.log_hyperparams({"data_name": facts["name"], "data_sha256": facts.get("sha256", ""), **config})
     if resume:
         where = Path(resume)
         start = where.name if where.is_file() else "its beginning"
@@ -226,7 +229,7 @@ def conditions(trainer: L.Trainer, data: Any) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "device": f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name,
         "precision": str(trainer.precision),
-        "data": data.facts,
+        "data": facts_of(data),
         "versions": runs.versions(),
     }
 

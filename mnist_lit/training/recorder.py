@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from mnist_lit import Interrupted
 from mnist_lit.storage.atomic import atomic_write
+from mnist_lit.storage.provenance import facts_of
 from mnist_lit.storage.tables import to_csv
 from mnist_lit.training.progress import epoch_name
 
@@ -90,8 +91,8 @@ class RunRecorder(L.Callback):
 
     def _write(self, trainer: L.Trainer) -> None:
         """Rewrite the whole file: a resumed run repeats the epochs after its checkpoint."""
-        facts = trainer.datamodule.facts  # type: ignore[attr-defined]
-        data = {"data": facts["name"], "data_sha256": facts["sha256"]}
+        facts = facts_of(trainer.datamodule)  # type: ignore[attr-defined]
+        data = {"data": facts["name"], "data_sha256": facts.get("sha256", "")}
         columns = ["epoch", "train/loss", "train/acc", "val/loss", "val/acc", "epoch_seconds", *data]
         atomic_write(self.path, to_csv(columns, [{**row, **data} for row in self.history]))
 

@@ -1,0 +1,79 @@
+"""``MNISTLikeDataModule``: torchvision's other data sets of grey images with 28x28 pixels, such as Fashion-MNIST."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.datasets
+from filelock import FileLock
+from torch import Tensor
+
+from mnist_lit import UserError
+from mnist_lit.data import MNISTDataModule
+from mnist_lit.storage.tables import one_line
+
+
+class MNISTLikeDataModule(MNISTDataModule):
+    """Like ``MNISTDataModule``, from a class of torchvision, which downloads the files and compares their checksums.
+
+    Args:
+        dataset: The class in ``torchvision.datasets``: FashionMNIST, KMNIST, QMNIST or EMNIST.
+        dir: Data folder; the files are in its ``<dataset>/raw/``, or are downloaded there.
+        options: More arguments of that class; EMNIST needs ``split: digits``.
+        batch_size, val_size, seed: As in ``MNISTDataModule``.
+
+    Raises:
+        UserError: There is no such class, or the files can neither be read nor downloaded.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "FashionMNIST",
+        dir: str = "data",
+        options: dict[str, Any] | None = None,
+        batch_size: int = 500,
+        val_size: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dir, dataset, batch_size, val_size, seed)
+        self.options = options or {}
+        cls = getattr(torchvision.datasets, dataset, None)
+        if not (isinstance(cls, type) and issubclass(cls, torchvision.datasets.MNIST)):
+            raise UserError(f"data.dataset={dataset}: torchvision.datasets has no such class that is like MNIST")
+        self.cls: Any = cls
+
+    def prepare_data(self) -> None:
+        if self.facts:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        with self._errors_as_user_errors(), FileLock(self.dir / f".{self.source}.lock"):  # one process downloads
+            for train in (True, False):
+                self.cls(self.dir, train=train, download=True, **self.options)
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        self.facts["classes"] = list(self.classes)
+
+    def read(self) -> tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        with self._errors_as_user_errors():
+            train, test = (self.cls(self.dir, train=train, **self.options) for train in (True, False))
+            self.classes: list[str] = train.classes
+            return self.source, (*self._arrays(train), *self._arrays(test))
+
+    def _arrays(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        images, labels = dataset.data, dataset.targets
+        if self.cls is torchvision.datasets.EMNIST:
+            images = images.transpose(1, 2).contiguous()  # its files have rows and columns exchanged
+        if images.shape[1:] != (28, 28) or len(images) != len(labels):
+            raise ValueError(f"{len(images)} images {tuple(images.shape[1:])} and {len(labels)} labels")
+        return images, (labels if labels.dim() == 1 else labels[:, 0]).to(torch.int64)  # QMNIST has more than labels
+
+    @contextlib.contextmanager
+    def _errors_as_user_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+            where = Path(self.dir) / self.source
+            raise UserError(f"{where} has no data set that torchvision can read ({one_line(error)})") from error
