@@ -11,7 +11,8 @@ from helpers import ROOT, small
 
 from mnist_lit import UserError
 from mnist_lit.cli import schema
-from mnist_lit.cli.config import quoted, settings
+from mnist_lit.cli.config import ConfigFiles, quoted, settings
+from mnist_lit.cli.help import help_text
 from mnist_lit.train import train
 
 REFUSALS = [
@@ -211,9 +212,16 @@ def test_help_and_refusals_answer_at_once_and_leave_nothing(arguments: list[str]
     assert list(tmp_path.iterdir()) == []  # and leave nothing behind
 
 
-def test_help_shows_every_key_with_its_comment() -> None:
-    from mnist_lit.cli.help import help_text
+def test_a_machine_can_have_paths_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text("# @package _global_\ndata: {dir: /big/disk}\n")
+    files = ConfigFiles("train", str(tmp_path))
+    assert files.compose([]).data.dir == "/big/disk" and files.compose(["data.dir=here"]).data.dir == "here"
+    assert "dir: /big/disk" in help_text("train", [], str(tmp_path))
+    assert "/conf/local/" in (ROOT / ".gitignore").read_text().split()
 
+
+def test_help_shows_every_key_with_its_comment() -> None:
     text = help_text("train", ["optimizer=sgd"])
     for line in (ROOT / "conf" / "train.yaml").read_text().splitlines():
         assert line in text

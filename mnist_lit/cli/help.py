@@ -31,6 +31,7 @@ def help_text(name: str, overrides: list[str], user_folder: str | None = None) -
         for group, default in entry.items() if isinstance(entry, dict) else ():
             if group.startswith("override"):
                 continue
+            group = group.removeprefix("optional ")
             option = chosen.get(group, default)
             options = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
             parts.append(f"# ---- {group}: {option or 'none'}  (there are {', '.join(options)})")
