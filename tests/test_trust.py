@@ -334,7 +334,6 @@ def test_38_a_count_of_lightnings_loops_that_is_none_is_refused(value: Any, stop
         (["optimizer_states", 0, "param_groups", 0, "params"], [5]),
         (["optimizer_states", 0, "state", 0], 5),
         (["loops", "fit_loop"], None),
-        (["loops", "fit_loop", "epoch_loop.batch_progress"], None),
         (["callbacks", "Checkpoints", "best"], None),
         (["recorded", "metrics"], [{"loss": {}}]),
     ],
