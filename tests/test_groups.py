@@ -13,6 +13,7 @@ from mnist_lit import UserError
 from mnist_lit.cli.config import settings
 from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN
 from mnist_lit.cli.resume import Run, continued, find
+from mnist_lit.inference.trained import load
 from mnist_lit.schedulers import LENGTHS
 from mnist_lit.storage import runs
 from mnist_lit.train import train
@@ -100,6 +101,16 @@ def test_a_callback_of_the_group_trains(name: str, tmp_path: Path) -> None:
     assert of_callbacks.get(name, "val/acc") in logged
     if name in ("early_stopping", "ema", "swa"):  # those that have a state
         assert_same(killed_and_resumed(tmp_path / "killed", 5, *overrides), final(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("mlp", 203_530), ("resnet18", 11_172_810)])
+def test_a_model_of_the_group_trains_resumes_and_is_loaded(name: str, parameters: int, tmp_path: Path) -> None:
+    overrides = [f"model={name}", "optimizer=sgd", "data.batch_size=10"]
+    train(tmp_path / "whole", **small(*overrides))
+    model = load(tmp_path / "whole")
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    torch.testing.assert_close(model(torch.rand(2, 1, 28, 28)).sum(1), torch.ones(2))
+    assert_same(killed_and_resumed(tmp_path / "killed", 4, *overrides), final(tmp_path / "whole"))
 
 
 def test_graphs_are_for_a_gpu(tmp_path: Path) -> None:

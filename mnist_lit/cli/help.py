@@ -34,6 +34,8 @@ def help_text(name: str, overrides: list[str], user_folder: str | None = None) -
             group = group.removeprefix("optional ")
             option = chosen.get(group, default)
             options = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+            if not options:  # an optional group of the user's own
+                continue
             parts.append(f"# ---- {group}: {option or 'none'}  (there are {', '.join(options)})")
             if body := text_of(f"{group}/{option}"):
                 is_global = body.startswith("# @package _global_")
