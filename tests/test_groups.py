@@ -103,7 +103,9 @@ def test_a_callback_of_the_group_trains(name: str, tmp_path: Path) -> None:
         assert_same(killed_and_resumed(tmp_path / "killed", 5, *overrides), final(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("mlp", 203_530), ("resnet18", 11_172_810)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("mlp", 203_530), pytest.param("resnet18", 11_172_810, marks=pytest.mark.slow)]
+)
 def test_a_model_of_the_group_trains_resumes_and_is_loaded(name: str, parameters: int, tmp_path: Path) -> None:
     overrides = [f"model={name}", "optimizer=sgd", "data.batch_size=10"]
     train(tmp_path / "whole", **small(*overrides))
