@@ -137,7 +137,7 @@ def own_plain_step(data: str, epochs: int, batches: int) -> Any:
     return torch_loop(lambda dropout: TutorialCNN(dropout, cpu_kernel=False), data, epochs, batches)
 
 
-def lightning(workers: int, data: str, epochs: int, batches: int) -> Any:
+def lightning(workers: int, data: str, epochs: int, batches: int, accelerator: str = "cpu") -> Any:
     """As tutorials write it: torchvision's data set with ToTensor, a loss logged at every step, the default bar."""
     import lightning as L
     import torch
@@ -175,6 +175,7 @@ def lightning(workers: int, data: str, epochs: int, batches: int) -> Any:
     trainer = L.Trainer(
         max_epochs=epochs,
         limit_train_batches=batches,
+        accelerator=accelerator,
         logger=False,
         enable_checkpointing=False,
         callbacks=[Clock()],

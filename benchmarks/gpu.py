@@ -117,7 +117,7 @@ def loop(data: str, seed: int, graph: bool, half: bool) -> dict[str, Any]:
 
 def tutorials(data: str, seed: int, workers: int) -> dict[str, Any]:
     """Its second epoch, twelve times."""
-    return {"seconds": EPOCHS * lightning(workers, data, 2, 60_000 // BATCH)[1], "test/acc": None}
+    return {"seconds": EPOCHS * lightning(workers, data, 2, 60_000 // BATCH, "gpu")[1], "test/acc": None}
 
 
 LIGHTNING = [f"Lightning as tutorials write it, {workers} workers" for workers in (0, 8)]
@@ -140,7 +140,8 @@ CONTENDERS: dict[str, Callable[[str, int], dict[str, Any]]] = {
 
 
 def main(data: str, seeds: int) -> None:
-    measured = {}
+    measured: dict[str, list[dict[str, Any]]] = {}
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "lightning": L.__version__}
     for name in CONTENDERS:
         count = seeds if name.startswith("mnist_lit") else 1 if name in LIGHTNING else 3
         asked = [sys.executable, "benchmarks/gpu.py", data, str(count), name]
@@ -149,11 +150,14 @@ def main(data: str, seeds: int) -> None:
             print(f"{name}: failed", flush=True)
             continue
         measured[name] = json.loads(done.stdout.splitlines()[-1])
+        write(facts, measured)  # each time, in case the rest is not reached
         print(name, [f"{run['seconds']:.2f} s, {run['test/acc']}" for run in measured[name]], flush=True)
-    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "lightning": L.__version__}
+    print((DOCS / "gpu.md").read_text())
+
+
+def write(facts: dict[str, str], measured: dict[str, list[dict[str, Any]]]) -> None:
     (DOCS / "gpu.json").write_text(json.dumps({"facts": facts, "measured": measured}, indent=1) + "\n")
     (DOCS / "gpu.md").write_text(document(facts, measured))
-    print((DOCS / "gpu.md").read_text())
 
 
 def document(facts: dict[str, str], measured: dict[str, list[dict[str, Any]]]) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +36,8 @@ class MNISTLikeDataModule(MNISTDataModule):
         val_size: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(dir, dataset, batch_size, val_size, seed)
-        self.options = options or {}
+        super().__init__(dir, batch_size=batch_size, val_size=val_size, seed=seed)
+        self.dataset, self.options = dataset, options or {}
         cls = getattr(torchvision.datasets, dataset, None)
         if not (isinstance(cls, type) and issubclass(cls, torchvision.datasets.MNIST)):
             raise UserError(f"data.dataset={dataset}: torchvision.datasets has no such class that is like MNIST")
@@ -48,7 +47,7 @@ class MNISTLikeDataModule(MNISTDataModule):
         if self.facts:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
-        with self._errors_as_user_errors(), FileLock(self.dir / f".{self.source}.lock"):  # one process downloads
+        with self._errors_as_user_errors(), FileLock(self.dir / f".{self.dataset}.lock"):  # one process downloads
             for train in (True, False):
                 self.cls(self.dir, train=train, download=True, **self.options)
 
@@ -60,7 +59,7 @@ class MNISTLikeDataModule(MNISTDataModule):
         with self._errors_as_user_errors():
             train, test = (self.cls(self.dir, train=train, **self.options) for train in (True, False))
             self.classes: list[str] = train.classes
-            return self.source, (*self._arrays(train), *self._arrays(test))
+            return self.dataset, (*self._arrays(train), *self._arrays(test))
 
     def _arrays(self, dataset: Any) -> tuple[Tensor, Tensor]:
         images, labels = dataset.data, dataset.targets
@@ -75,5 +74,5 @@ class MNISTLikeDataModule(MNISTDataModule):
         try:
             yield
         except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
-            where = Path(self.dir) / self.source
+            where = self.dir / self.dataset
             raise UserError(f"{where} has no data set that torchvision can read ({one_line(error)})") from error

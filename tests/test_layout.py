@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mnist_lit"
 FLOORS = [
     ["__init__", "compat"],
     ["storage", "kernels"],
-    ["network", "networks", "build", "batches", "metrics"],
+    ["network", "other_networks", "build", "batches", "metrics"],
     ["schedulers"],
     ["data", "model"],
     ["mnist_like"],

@@ -11,7 +11,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
-from mnist_lit.cli.keys import OF_ONE_CLASS, PATHS, is_one_of
+from mnist_lit.cli.keys import OF_ONE_CLASS, PATHS
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
@@ -58,8 +58,8 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
     typed = [key_of(override) for override in of_hydra.overrides.task]
     for section in OF_ONE_CLASS:
         if f"{section}._target_" in typed and isinstance(values.get(section), dict):  # the file's keys are another's
-            kept = [key for key in values[section] if any(is_one_of(each, [f"{section}.{key}"]) for each in typed)]
-            values[section] = {key: values[section][key] for key in kept}
+            kept = {key.split(".")[1] for key in typed if key.startswith(f"{section}.")}
+            values[section] = {key: value for key, value in values[section].items() if key in kept}
     check(verb, values)
     return values
 

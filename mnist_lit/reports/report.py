@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mnist_lit.reports.scores import MAX_MISTAKES
 from mnist_lit.storage.atomic import atomic_write
-from mnist_lit.storage.provenance import SAMPLE_NAME, summary
+from mnist_lit.storage.provenance import SAMPLE_NAME, described
 
 CURVES = {"loss": "loss", "acc": "accuracy"}
 TEXT_COLOR = "#010203"  # placeholder for the text colour of the page, which depends on light or dark mode
@@ -40,7 +40,7 @@ def learning_curve(history: list[dict[str, Any]], results: dict[str, Any], path:
     for axes, key in zip(figure.subplots(1, 2), CURVES, strict=True):
         _draw_curve(axes, key, history, results)
         axes.set_title(CURVES[key])
-    data = summary(results["data"])
+    data = described(results["data"])
     figure.suptitle(f"seed {results['seed']} · {data}", fontsize=9)
     figure.savefig(path, dpi=120, metadata={"Description": f"data {data}"})
 
@@ -72,7 +72,7 @@ def write_report(
     page = environment.get_template("report.html").render(
         results=results,
         trained="epochs" in results,
-        data=summary(results["data"]),
+        data=described(results["data"]),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         is_sample=results["data"]["name"] == SAMPLE_NAME,
         curves=[(title, _curve_svg(key, history, results)) for key, title in CURVES.items()] if history else [],

@@ -13,8 +13,8 @@ def facts_of(datamodule: Any) -> dict[str, Any]:
     return own or {"name": f"{type(datamodule).__module__}.{type(datamodule).__qualname__}"}
 
 
-def summary(facts: Mapping[str, Any]) -> str:
-    """ "mnist: 60,000 training, 10,000 test images, sha256 1e35582d42a90940", as far as it is known."""
+def described(facts: Mapping[str, Any]) -> str:
+    """Such as ``mnist: 60,000 training, 10,000 test images, sha256 1e35582d42a90940``, as far as it is known."""
     kinds = {"train": "training", "val": "validation", "test": "test"}
     counts = ", ".join(f"{facts[key]:,} {kind}" for key, kind in kinds.items() if facts.get(key))
     text = f"{facts['name']}: {counts} images" if counts else str(facts["name"])

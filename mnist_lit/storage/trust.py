@@ -9,7 +9,7 @@ from mnist_lit.storage.tables import one_line
 # The modules whose public classes any file may name. Importing them does nothing else.
 KNOWN = (
     "mnist_lit.network",
-    "mnist_lit.networks",
+    "mnist_lit.other_networks",
     "mnist_lit.data",
     "mnist_lit.mnist_like",
     "mnist_lit.schedulers",

@@ -83,7 +83,7 @@ class CUDAGraphs(L.Callback):
     """Replays the network's forward and backward pass as CUDA graphs: two launches a step instead of some fifty.
 
     They are captured at the first batch, for batches of its size; other batches, validation and test run as usual.
-    Losses are the same. A hook inside the network runs only while it is captured.
+    The values are the same. A hook inside the network runs only while it is captured.
 
     Raises:
         UserError: From Lightning's hooks, if the run is not on a single CUDA device, or accumulates gradients.

@@ -22,7 +22,7 @@ from mnist_lit import UserError, compat
 from mnist_lit.build import call, find_class, instantiate
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.storage import runs
-from mnist_lit.storage.provenance import facts_of, summary
+from mnist_lit.storage.provenance import described, facts_of
 from mnist_lit.storage.tables import one_line
 from mnist_lit.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mnist_lit.training.memory import keep_freed_memory, peak_memory_bytes
@@ -211,7 +211,7 @@ def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str,
         parameters = sum(parameter.numel() for parameter in classifier.parameters())
         log.info("%s\n%s parameters", classifier.network, f"{parameters:,}")
     facts = facts_of(data)
-    log.info("data: %s", summary(facts))
+    log.info("data: %s", described(facts))
     for logger in trainer.loggers:
         logger.log_hyperparams({"data_name": facts["name"], "data_sha256": facts.get("sha256", ""), **config})
     if resume:
