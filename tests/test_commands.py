@@ -249,7 +249,7 @@ def test_an_error_in_ones_own_network_shows_where_it_was_raised(where: str, tmp_
 
 
 def test_tracebacks_where_they_are_asked_for(tmp_path: Path, command: Command) -> None:
-    for arguments, environment in ((["debug=true"], {}), ([], {"HYDRA_FULL_ERROR": "1"})):
+    for arguments, environment in ((["debug=anomaly"], {}), ([], {"HYDRA_FULL_ERROR": "1"})):
         for mistake in ("seed=-1", "optimizer.lr=-1"):
             done = command(*QUICK, mistake, *arguments, cwd=tmp_path, environment=environment)
             assert done.returncode == 1 and "Traceback" in done.stderr and "UserError" in done.stderr, done.stderr

@@ -36,7 +36,8 @@ REFUSALS = [
     ("data.batch_size=true", "data.batch_size=True: must be a valid integer"),
     ("data.val_size=60000", "data.val_size=60000: must be less than 60000"),
     ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps=0: must be greater than or equal to 1"),
-    ("debug=1", "debug=1: must be a valid boolean"),
+    ("debug=all", "debug=all: there is no such choice; there are anomaly, limit, one_batch, overfit, profiler"),
+    ("debug=true", "a group takes the name of one of its files; for none, leave it out"),
     ("trainer=5", "trainer=5: must be a valid dictionary"),
     ("logger=null", "a group takes the name of one of its files; for none, leave it out"),
     ("optimizer=null", "a group takes the name of one of its files; for none, leave it out"),
@@ -161,10 +162,8 @@ def test_every_key_of_the_schema_is_one_of_the_configuration() -> None:
         ("predict", "images=a"),
         ("export", "output=a"),
     ):
-        described = schema.VERBS[verb].__annotations__.keys() - {"debug", "logger", "scheduler", "callbacks"}
-        described -= (
-            {"trust"} if verb in ("train", "tune") else set()
-        )  # like debug, for the command line; the others null
+        described = schema.VERBS[verb].__annotations__.keys() - {"logger", "scheduler", "callbacks"}  # null
+        described -= {"trust"} if verb in ("train", "tune") else set()  # for the command line
         assert described <= settings(verb, *required).keys()
     for section, keys in (("data", schema.Data), ("checkpoint", schema.Checkpoint)):
         assert keys.__annotations__.keys() <= settings("train")[section].keys()
@@ -231,7 +230,7 @@ def test_help_shows_every_key_with_its_comment() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_key_has_a_comment(path: Path) -> None:
-    if {"hydra", "experiment"} & {*path.relative_to(ROOT).parts}:
+    if {"hydra", "experiment", "debug"} & {*path.relative_to(ROOT).parts}:
         return  # logging formats, and deltas that say at their head why
     for line in path.read_text().splitlines():
         if re.match(r" *\w+: *[^ |]", line) and "hydra" not in line:

@@ -164,3 +164,23 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_what_does_not_fit_is_one_sentence(overrides: list[str], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence):
         train(tmp_path, **small(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("name", "shorter", "epochs", "steps"),
+    [
+        ("one_batch", [], 1, None),
+        ("overfit", ["trainer.max_epochs=2"], 2, 6),
+        ("limit", [], 2, 6),
+        ("profiler", [], 1, 8),
+        ("anomaly", ["trainer.max_epochs=1"], 1, 8),
+    ],
+)
+def test_a_way_to_find_mistakes_trains(
+    name: str, shorter: list[str], epochs: int, steps: int | None, tmp_path: Path
+) -> None:
+    quick = ["data.source=sample", "trainer.accelerator=cpu", "model=mlp", f"debug={name}", *shorter]
+    assert train(tmp_path, **settings("train", *quick))["epochs"] == epochs
+    checkpoint = tmp_path / runs.LAST
+    assert checkpoint.exists() == (steps is not None)
+    assert steps is None or torch.load(checkpoint, weights_only=True)["global_step"] == steps

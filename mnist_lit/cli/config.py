@@ -36,8 +36,7 @@ def settings(verb: str, *overrides: str) -> dict[str, Any]:
 
 def arguments(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` without those that only the command line reads."""
-    others = {"debug", "trust"} if verb in ("train", "tune") else {"debug"}
-    return {key: value for key, value in values.items() if key not in others}
+    return {key: value for key, value in values.items() if key != "trust" or verb not in ("train", "tune")}
 
 
 def checked_values(verb: str, config: Any) -> dict[str, Any]:

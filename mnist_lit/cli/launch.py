@@ -35,7 +35,7 @@ log_crash = logging.getLogger("mnist_lit.crash")  # goes to the log file alone
 
 composed: Any = None  # the configuration, with Hydra's part, if another process has composed and checked it
 current: Any = None  # the ``VerbRun``, or the sweep, of this process, for ``callbacks.Prepare``
-tracebacks = False  # whether debug=true or HYDRA_FULL_ERROR=1 asks for the traceback of a UserError
+tracebacks = False  # whether HYDRA_FULL_ERROR=1 asks for the traceback of a UserError
 
 
 class InCallback(BaseException):
@@ -130,7 +130,7 @@ class VerbRun:
         global tracebacks
         from omegaconf import OmegaConf, open_dict, read_write
 
-        tracebacks = config.get("debug") is True or tracebacks
+        tracebacks = tracebacks or str(config.hydra.job.env_set.get("HYDRA_FULL_ERROR")) == "1"
         if not (self.run_folder and ranks.is_started_by_another()):
             parent.tell_children()
         if not self.run_folder:

@@ -39,7 +39,6 @@ class Checkpoint(TypedDict, total=False):
 
 
 class Verb(TypedDict, total=False):
-    debug: Switch
     trust: Text | list[Text]
 
 
