@@ -29,7 +29,8 @@ class MNISTClassifier(L.LightningModule):
     """Trains and evaluates a network that maps images [N, 1, 28, 28] to logits [N, 10]; calling it gives probabilities.
 
     Args:
-        model: The network's class as a dotted path (``_target_``) and its keyword arguments.
+        model: The network's class as a dotted path (``_target_``) and its keyword arguments; with ``compile=True`` it runs
+            under ``torch.compile``.
         optimizer: Likewise for the optimizer.
         scheduler: Likewise for the schedule of the learning rate, or None; with ``interval``, ``frequency`` and
             ``monitor`` for Lightning.
@@ -51,8 +52,11 @@ class MNISTClassifier(L.LightningModule):
         super().__init__()
         model = with_current_names(TUTORIAL_MODEL if model is None else model)
         optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
-        self.save_hyperparameters()
+        compiles = model.pop("compile", False)  # how it runs, and nothing that a checkpoint has to say
+        self.save_hyperparameters(ignore="compiles")
         self.network = build("model", model, nn.Module)
+        if compiles:
+            self.network.compile()
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
         built = self._optimizer()  # fail early on invalid arguments
@@ -77,7 +81,8 @@ class MNISTClassifier(L.LightningModule):
         """
         checkpoint = read_checkpoint(Path(checkpoint_path))
         sections = hyper_parameters(checkpoint, Path(checkpoint_path), trust, **sections)
-        require_fitting_weights(with_current_names(sections["model"]), network_weights(checkpoint))
+        model = with_current_names(sections["model"])
+        require_fitting_weights({key: model[key] for key in model if key != "compile"}, network_weights(checkpoint))
         classifier = cls(**sections)
         classifier.on_load_checkpoint(checkpoint)
         classifier.load_state_dict(checkpoint["state_dict"])

@@ -14,6 +14,7 @@ from mnist_lit.cli.config import settings
 from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN
 from mnist_lit.cli.resume import Run, continued, find
 from mnist_lit.inference.trained import load
+from mnist_lit.model import MNISTClassifier
 from mnist_lit.schedulers import LENGTHS
 from mnist_lit.storage import runs
 from mnist_lit.train import train
@@ -113,6 +114,23 @@ def test_a_model_of_the_group_trains_resumes_and_is_loaded(name: str, parameters
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     torch.testing.assert_close(model(torch.rand(2, 1, 28, 28)).sum(1), torch.ones(2))
     assert_same(killed_and_resumed(tmp_path / "killed", 4, *overrides), final(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_resumes_and_is_loaded(tmp_path: Path) -> None:
+    torch._dynamo.utils.counters.clear()
+    train(tmp_path / "whole", **small("model=mlp", "model.compile=true"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert_same(
+        killed_and_resumed(tmp_path / "killed", 4, "model=mlp", "model.compile=true"), final(tmp_path / "whole")
+    )
+    content = torch.load(tmp_path / "whole" / runs.LAST, weights_only=True)
+    assert "compile" not in content["hyper_parameters"]["model"]
+    images = torch.rand(2, 1, 28, 28)
+    network = load(tmp_path / "whole").network
+    model = small("model=mlp", "model.compile=true")["model"]
+    again = MNISTClassifier.load_from_checkpoint(tmp_path / "whole" / runs.LAST, model=model).eval()
+    torch.testing.assert_close(again(images), network(images).softmax(1))
 
 
 def test_graphs_are_for_a_gpu(tmp_path: Path) -> None:

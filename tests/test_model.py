@@ -39,7 +39,7 @@ def test_it_gives_probabilities(sample) -> None:
 
 def test_defaults_are_those_of_the_yaml() -> None:
     tutorial = settings("train")
-    assert tutorial["model"] == TUTORIAL_MODEL
+    assert tutorial["model"] == {**TUTORIAL_MODEL, "compile": False}
     assert tutorial["optimizer"] == TUTORIAL_OPTIMIZER
     optimizer = MNISTClassifier().configure_optimizers()
     assert type(optimizer) is torch.optim.Adadelta

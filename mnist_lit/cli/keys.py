@@ -10,7 +10,8 @@ PATHS = (
 # They may change without changing the run: where the data are (their checksum is compared), what is shown and recorded,
 # and the hardware, although another device or number of threads changes the last bits.
 MAY_CHANGE = (
-    *("resume", "trust", "data.dir", "data.source", "logger", "checkpoint", "model.cpu_kernel"),
+    *("resume", "trust", "data.dir", "data.source", "logger", "checkpoint"),
+    *("model.cpu_kernel", "model.compile"),
     *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
     *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
 )

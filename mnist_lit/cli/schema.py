@@ -33,6 +33,11 @@ class Data(TypedDict, total=False):
 
 
 @carries_along
+class Model(TypedDict, total=False):
+    compile: Switch
+
+
+@carries_along
 class Checkpoint(TypedDict, total=False):
     every_n_epochs: Count
     every_n_steps: Count | None
@@ -53,7 +58,7 @@ class Evaluate(Verb, total=False):
 class Train(Verb, total=False):
     seed: Seed
     data: Data
-    model: dict[str, Any]
+    model: Model
     optimizer: dict[str, Any]
     trainer: dict[str, Any]
     checkpoint: Checkpoint
@@ -137,7 +142,7 @@ def check(verb: str, values: Mapping[str, Any]) -> None:
         _adapter(verb).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        names = {key for cls in (Data, Checkpoint, *VERBS.values()) for key in cls.__annotations__}
+        names = {key for cls in (Data, Model, Checkpoint, *VERBS.values()) for key in cls.__annotations__}
         key = ".".join(str(part) for part in first["loc"] if str(part) in names)
         if first["type"] == "extra_forbidden":
             key = str(first["loc"][0])
