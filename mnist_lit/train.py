@@ -24,6 +24,7 @@ def train(
     scheduler: dict[str, Any] | None = None,
     callbacks: dict[str, Any] | None = None,
     logger: dict[str, dict[str, Any]] | None = None,
+    float32_matmul_precision: str = "highest",
     resume: str | Path | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def train(
     # Imported here because they take ten seconds, for which --help and a mistyped key should not have to wait.
     with loading("PyTorch and Lightning"):
         import lightning as L
+        import torch
 
         from mnist_lit.build import instantiate
         from mnist_lit.model import MNISTClassifier
@@ -59,6 +61,7 @@ def train(
         from mnist_lit.training.recorder import RunRecorder
 
     harness.keep_freed_memory()
+    torch.set_float32_matmul_precision(float32_matmul_precision)
     L.seed_everything(seed, verbose=False)
     classifier = MNISTClassifier(model, optimizer, scheduler)
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
@@ -69,7 +72,8 @@ def train(
     harness.prepare_data(lightning_trainer, datamodule, trainer, scheduler)
 
     config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "scheduler": scheduler}
-    config |= {"trainer": trainer, "callbacks": callbacks, "checkpoint": checkpoint or {}, "logger": logger, **sections}
+    config |= {"trainer": trainer, "callbacks": callbacks, "checkpoint": checkpoint or {}, "logger": logger}
+    config |= {"float32_matmul_precision": float32_matmul_precision, **sections}
     is_first = lightning_trainer.is_global_zero
     with runs.locked(folder) if is_first else nullcontext():
         if is_first:

@@ -36,6 +36,7 @@ REFUSALS = [
     ("data.batch_size=true", "data.batch_size=True: must be a valid integer"),
     ("data.val_size=60000", "data.val_size=60000: must be less than 60000"),
     ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps=0: must be greater than or equal to 1"),
+    ("float32_matmul_precision=low", "float32_matmul_precision=low: must be 'highest', 'high' or 'medium'"),
     ("debug=all", "debug=all: there is no such choice; there are anomaly, limit, one_batch, overfit, profiler"),
     ("debug=true", "a group takes the name of one of its files; for none, leave it out"),
     ("trainer=5", "trainer=5: must be a valid dictionary"),

@@ -209,3 +209,12 @@ def test_callbacks_of_the_users_own_come_beside_those_of_the_run(tmp_path: Path)
     results = train(tmp_path / "run", **small("data.val_size=100", f"+trainer.callbacks=[{stopper}]"))
     assert results["epochs"] == 1 and results["test/images"] == 200
     assert (tmp_path / "run" / CHECKPOINTS[0]).exists()
+
+
+def test_the_precision_of_matrix_products_is_torchs(tmp_path: Path) -> None:
+    try:
+        train(tmp_path, **small("float32_matmul_precision=medium"))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["float32_matmul_precision"] == "medium"

@@ -57,6 +57,7 @@ class Evaluate(Verb, total=False):
 @carries_along
 class Train(Verb, total=False):
     seed: Seed
+    float32_matmul_precision: Literal["highest", "high", "medium"]
     data: Data
     model: Model
     optimizer: dict[str, Any]
