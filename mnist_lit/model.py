@@ -34,7 +34,8 @@ class MNISTClassifier(L.LightningModule):
         optimizer: Likewise for the optimizer.
         scheduler: Likewise for the schedule of the learning rate, or None; with ``interval``, ``frequency`` and
             ``monitor`` for Lightning.
-        The first two default to the tutorial's. All are saved in checkpoints as plain values.
+        augment: Changes training images, [B, 1, 28, 28] on their device, at random; or None.
+        The first two default to the tutorial's. They and ``scheduler`` are saved in checkpoints as plain values.
 
     Attributes:
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.
@@ -48,15 +49,17 @@ class MNISTClassifier(L.LightningModule):
         model: Mapping[str, Any] | None = None,
         optimizer: Mapping[str, Any] | None = None,
         scheduler: Mapping[str, Any] | None = None,
+        augment: nn.Module | None = None,
     ) -> None:
         super().__init__()
         model = with_current_names(TUTORIAL_MODEL if model is None else model)
         optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
         compiles = model.pop("compile", False)  # how it runs, and nothing that a checkpoint has to say
-        self.save_hyperparameters(ignore="compiles")
+        self.save_hyperparameters(ignore=("compiles", "augment"))
         self.network = build("model", model, nn.Module)
         if compiles:
             self.network.compile()
+        self.augment = augment
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
         built = self._optimizer()  # fail early on invalid arguments
@@ -107,6 +110,9 @@ class MNISTClassifier(L.LightningModule):
             self.network.to(memory_format=torch.contiguous_format)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        if self.augment:
+            with torch.autocast(self.device.type, enabled=False):  # it would round the pixels' places
+                batch = (self.augment(batch[0]), batch[1])
         return self._step("train", batch)[0]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

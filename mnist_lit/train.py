@@ -22,6 +22,7 @@ def train(
     trainer: dict[str, Any],
     checkpoint: dict[str, Any] | None = None,
     scheduler: dict[str, Any] | None = None,
+    augment: dict[str, Any] | None = None,
     callbacks: dict[str, Any] | None = None,
     logger: dict[str, dict[str, Any]] | None = None,
     float32_matmul_precision: str = "highest",
@@ -63,7 +64,7 @@ def train(
     harness.keep_freed_memory()
     torch.set_float32_matmul_precision(float32_matmul_precision)
     L.seed_everything(seed, verbose=False)
-    classifier = MNISTClassifier(model, optimizer, scheduler)
+    classifier = MNISTClassifier(model, optimizer, scheduler, harness.build_augmentation(augment))
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
     checkpoints = harness.checkpoints(folder, checkpoint or {}, trainer)
     recorder, predictions = RunRecorder(folder), PredictionCollector()
@@ -71,9 +72,9 @@ def train(
     lightning_trainer = harness.build_trainer(folder, trainer, logger, own, datamodule, resumed=bool(resume))
     harness.prepare_data(lightning_trainer, datamodule, trainer, scheduler)
 
-    config = {"seed": seed, "data": data, "model": model, "optimizer": optimizer, "scheduler": scheduler}
-    config |= {"trainer": trainer, "callbacks": callbacks, "checkpoint": checkpoint or {}, "logger": logger}
-    config |= {"float32_matmul_precision": float32_matmul_precision, **sections}
+    config = {"seed": seed, "data": data, "augment": augment, "model": model, "optimizer": optimizer}
+    config |= {"scheduler": scheduler, "trainer": trainer, "callbacks": callbacks, "checkpoint": checkpoint or {}}
+    config |= {"logger": logger, "float32_matmul_precision": float32_matmul_precision, **sections}
     is_first = lightning_trainer.is_global_zero
     with runs.locked(folder) if is_first else nullcontext():
         if is_first:

@@ -1,6 +1,7 @@
 """Every option of the groups ``scheduler``, ``callbacks`` and ``logger`` trains, and goes on exactly where it stopped."""
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from mnist_lit import UserError
 from mnist_lit.cli.config import settings
 from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN
 from mnist_lit.cli.resume import Run, continued, find
+from mnist_lit.data import MNISTDataModule
 from mnist_lit.inference.trained import load
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.schedulers import LENGTHS
 from mnist_lit.storage import runs
 from mnist_lit.train import train
+from mnist_lit.training.harness import build_augmentation
 
 CALLBACKS = sorted(path.stem for path in (ROOT / "conf" / "callbacks").glob("*.yaml"))
 
@@ -133,6 +136,54 @@ def test_a_compiled_network_trains_resumes_and_is_loaded(tmp_path: Path) -> None
     torch.testing.assert_close(again(images), network(images).softmax(1))
 
 
+AUGMENTATIONS = sorted(path.stem for path in (ROOT / "conf" / "augment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_of_the_group_trains_and_resumes_exactly(name: str, tmp_path: Path) -> None:
+    overrides = [f"augment={name}", "model=mlp", "checkpoint.every_n_steps=1"]
+    train(tmp_path / "whole", **small(*overrides))
+    plain = train(tmp_path / "plain", **small("model=mlp"))
+    assert final(tmp_path / "whole")[-1]["train/loss"] != plain["train/loss"]
+    assert_same(killed_and_resumed(tmp_path / "killed", 5, *overrides), final(tmp_path / "whole"))
+    assert load(tmp_path / "whole").network  # by a checkpoint that says nothing of it
+    content = torch.load(tmp_path / "whole" / runs.LAST, weights_only=True)
+    assert "augment" not in str(content["hyper_parameters"]) + str(content["state_dict"].keys())
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_changes_each_image_by_itself_and_keeps_what_it_shows(
+    name: str, sample: MNISTDataModule
+) -> None:
+    augment = build_augmentation(settings("train", f"augment={name}")["augment"])
+    assert augment
+    images = sample.test_images[:1].float().reshape(1, 1, 28, 28).expand(50, -1, -1, -1) / 255
+    torch.manual_seed(0)
+    first, second = augment(images), augment(images)
+    torch.manual_seed(0)
+    assert torch.equal(augment(images), first) and not torch.equal(first, second)
+    assert len(first.flatten(1).unique(dim=0)) == 50 and first.min() >= 0 and first.max() <= 1
+    ink = first.sum((1, 2, 3)) / images.sum((1, 2, 3))
+    assert ink.min() > 0.7 and ink.max() < 1.4
+    x = torch.arange(28.0)
+    places = (first * x).sum((1, 2, 3)) / first.sum((1, 2, 3)) - (images * x).sum((1, 2, 3)) / images.sum((1, 2, 3))
+    assert 0.5 < places.abs().max() < 6  # moved, and not out of sight
+
+
+def test_only_training_images_are_augmented(tmp_path: Path) -> None:
+    values = small("model=mlp", "augment=shift", "augment.translate=[1.0,1.0]", "trainer.max_epochs=1")
+    shifted = train(tmp_path / "shifted", **values)
+    model = load(tmp_path / "shifted")
+    data = MNISTDataModule(source="sample", batch_size=100)
+    data.prepare_data()
+    data.setup()
+    correct = [
+        (model(images).argmax(1) == labels).float().mean().item()
+        for images, labels in itertools.islice(data.test_dataloader(), 2)
+    ]
+    assert shifted["test/acc"] == pytest.approx(sum(correct) / 2)
+
+
 def test_graphs_are_for_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs trainer\.accelerator=gpu and a CUDA device, not cpu"):
         train(tmp_path, **small("callbacks=cuda_graphs"))
@@ -177,6 +228,8 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         ),
         (["scheduler._target_=torch.optim.SGD", "scheduler=step"], "not a subclass of torch.optim.lr_scheduler"),
         (["callbacks=ema", "callbacks.ema.decay=much"], r"callbacks\.ema\.decay=much"),
+        (["augment=affine", "+augment.angle=3"], "augment: .*angle"),
+        (["augment=affine", "augment._target_=torch.optim.SGD"], "not a subclass of torch.nn"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(overrides: list[str], sentence: str, tmp_path: Path) -> None:

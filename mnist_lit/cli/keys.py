@@ -18,7 +18,7 @@ MAY_CHANGE = (
 # Null stands for the length of the whole run, which then cannot change: ``schedulers.LENGTHS``, whose module needs torch.
 AS_LONG_AS_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
 # Sections whose keys are the arguments of one class: naming another on the command line drops those of the file.
-OF_ONE_CLASS = ("data", "model", "optimizer", "scheduler")
+OF_ONE_CLASS = ("data", "augment", "model", "optimizer", "scheduler")
 # The classes of sections that need not name one: those of older runs.
 CLASSES = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Trainer"}
 

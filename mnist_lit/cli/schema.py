@@ -64,6 +64,7 @@ class Train(Verb, total=False):
     trainer: dict[str, Any]
     checkpoint: Checkpoint
     scheduler: dict[str, Any] | None
+    augment: dict[str, Any] | None
     callbacks: dict[str, Any] | None
     logger: dict[str, Any] | None
     resume: Text | None

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import loggers
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mnist_lit import UserError, compat
@@ -29,6 +30,7 @@ from mnist_lit.training.memory import keep_freed_memory, peak_memory_bytes
 from mnist_lit.training.progress import ProgressBar
 
 __all__ = [
+    "build_augmentation",
     "build_callbacks",
     "build_trainer",
     "checkpoints",
@@ -104,6 +106,18 @@ def build_trainer(
 def build_callbacks(config: dict[str, Any] | None) -> list[L.Callback]:
     """The callbacks of the section ``callbacks``, which has the class and arguments of each by name; null is none."""
     return [_build_named("callbacks", name, options, L.Callback) for name, options in (config or {}).items() if options]
+
+
+def build_augmentation(config: dict[str, Any] | None) -> nn.Module | None:
+    """What the section ``augment`` says, with its class and arguments; null is none."""
+    if not config:
+        return None
+    try:
+        return instantiate("augment", config, nn.Module)
+    except UserError as error:
+        if getattr(error.__cause__, "name", "") != "kornia":
+            raise
+        raise UserError("augment needs a package that is not installed: pip install kornia") from error
 
 
 def checkpoints(folder: Path, arguments: dict[str, Any], trainer: dict[str, Any]) -> Checkpoints:
