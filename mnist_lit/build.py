@@ -13,7 +13,7 @@ from mnist_lit.storage.checkpoint_file import require_same_shapes
 T = TypeVar("T")
 
 # Exceptions from these packages' constructors become a UserError; any other keeps its traceback.
-LIBRARIES = ("lightning", "mnist_lit", "torch")
+LIBRARIES = ("kornia", "lightning", "mnist_lit", "torch", "torchmetrics")
 
 
 def build(section: str, config: Mapping[str, Any], kind: type[T], *first: Any) -> T:

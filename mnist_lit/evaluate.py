@@ -17,14 +17,18 @@ log = logging.getLogger("mnist_lit.evaluate")
 
 
 def evaluate(
-    folder: str | Path, ckpt: str | Path, data: dict[str, Any], trainer: dict[str, Any], trust: Iterable[str] = ()
+    folder: str | Path,
+    ckpt: str | Path,
+    data: dict[str, Any],
+    trainer: dict[str, Any],
+    metrics: dict[str, Any] | None = None,
+    trust: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Test a trained model; the arguments after ``folder`` are the keys of ``conf/evaluate.yaml`` as plain values.
 
     Args:
         folder: Where ``metrics.json`` and ``report.html`` go.
         ckpt: A checkpoint, a run's folder, or ``latest``.
-
         trust: Packages whose networks the checkpoint may name, besides this project's.
 
     Returns:
@@ -43,11 +47,13 @@ def evaluate(
 
         from mnist_lit.build import instantiate
         from mnist_lit.inference.trained import load_classifier
+        from mnist_lit.metrics import StageMetrics
         from mnist_lit.reports.report import write_report
         from mnist_lit.reports.scores import PredictionCollector, scores
         from mnist_lit.training import harness
 
     classifier = load_classifier(path, trust)
+    classifier.metrics["test_metrics"] = StageMetrics(harness.build_metrics(metrics))
     datamodule, predictions = instantiate("data", data, L.LightningDataModule), PredictionCollector()
     lightning_trainer = harness.build_trainer(folder, trainer, None, [predictions], datamodule)
     harness.prepare_data(lightning_trainer, datamodule, trainer, stages=["test"])
@@ -55,8 +61,7 @@ def evaluate(
         started = time.perf_counter()
         (test,) = lightning_trainer.test(classifier, datamodule, verbose=False)
         results = {
-            "test/loss": test["test/loss"],
-            "test/acc": test["test/acc"],
+            **test,
             **scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes")),
             "ckpt": runs.display_path(path.absolute()),
             "trained_on": classifier.trained_on,

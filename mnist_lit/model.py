@@ -7,6 +7,7 @@ from typing import Any, Self
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from mnist_lit import UserError
 from mnist_lit.build import build, require_fitting_weights
@@ -35,6 +36,7 @@ class MNISTClassifier(L.LightningModule):
         scheduler: Likewise for the schedule of the learning rate, or None; with ``interval``, ``frequency`` and
             ``monitor`` for Lightning.
         augment: Changes training images, [B, 1, 28, 28] on their device, at random; or None.
+        metrics: What to measure beside loss and accuracy in each epoch, by name.
         The first two default to the tutorial's. They and ``scheduler`` are saved in checkpoints as plain values.
 
     Attributes:
@@ -50,17 +52,18 @@ class MNISTClassifier(L.LightningModule):
         optimizer: Mapping[str, Any] | None = None,
         scheduler: Mapping[str, Any] | None = None,
         augment: nn.Module | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         model = with_current_names(TUTORIAL_MODEL if model is None else model)
         optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
         compiles = model.pop("compile", False)  # how it runs, and nothing that a checkpoint has to say
-        self.save_hyperparameters(ignore=("compiles", "augment"))
+        self.save_hyperparameters(ignore=("compiles", "augment", "metrics"))
         self.network = build("model", model, nn.Module)
         if compiles:
             self.network.compile()
         self.augment = augment
-        self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics(metrics) for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
         built = self._optimizer()  # fail early on invalid arguments
         if scheduler:

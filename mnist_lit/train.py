@@ -23,9 +23,10 @@ def train(
     checkpoint: dict[str, Any] | None = None,
     scheduler: dict[str, Any] | None = None,
     augment: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
     callbacks: dict[str, Any] | None = None,
     logger: dict[str, dict[str, Any]] | None = None,
-    float32_matmul_precision: str = "highest",
+    float32_matmul_precision: str | None = None,
     resume: str | Path | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
@@ -62,9 +63,11 @@ def train(
         from mnist_lit.training.recorder import RunRecorder
 
     harness.keep_freed_memory()
-    torch.set_float32_matmul_precision(float32_matmul_precision)
+    torch.set_float32_matmul_precision(float32_matmul_precision or "highest")
     L.seed_everything(seed, verbose=False)
-    classifier = MNISTClassifier(model, optimizer, scheduler, harness.build_augmentation(augment))
+    classifier = MNISTClassifier(
+        model, optimizer, scheduler, harness.build_augmentation(augment), harness.build_metrics(metrics)
+    )
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
     checkpoints = harness.checkpoints(folder, checkpoint or {}, trainer)
     recorder, predictions = RunRecorder(folder), PredictionCollector()
@@ -73,8 +76,9 @@ def train(
     harness.prepare_data(lightning_trainer, datamodule, trainer, scheduler)
 
     config = {"seed": seed, "data": data, "augment": augment, "model": model, "optimizer": optimizer}
-    config |= {"scheduler": scheduler, "trainer": trainer, "callbacks": callbacks, "checkpoint": checkpoint or {}}
-    config |= {"logger": logger, "float32_matmul_precision": float32_matmul_precision, **sections}
+    config |= {"scheduler": scheduler, "metrics": metrics, "trainer": trainer, "callbacks": callbacks}
+    config |= {"checkpoint": checkpoint or {}, "logger": logger}
+    config |= {"float32_matmul_precision": float32_matmul_precision, **sections}
     is_first = lightning_trainer.is_global_zero
     with runs.locked(folder) if is_first else nullcontext():
         if is_first:
@@ -84,7 +88,7 @@ def train(
             start = resume if resume and Path(resume).is_file() else None
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
         (test,) = lightning_trainer.test(classifier, datamodule, ckpt_path=checkpoints.best_path, verbose=False)
-        results = {**test, **training_results(recorder, checkpoints.best_path), "seed": seed}
+        results = {**test, **training_results(recorder, checkpoints), "seed": seed}
         results |= {"max_epochs": trainer.get("max_epochs"), **harness.conditions(lightning_trainer, datamodule)}
         results |= scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes"))
         if is_first:

@@ -53,14 +53,18 @@ def tune(
     with files.errors_as_user_errors(overrides):
         config = flatten(plain_values(files.compose(overrides), resolve=False))
     distributions = search.distributions(space, config, overrides)
-    opened = search.open_study(storage, study, search.make_pruner(pruner))
+    monitored = {key: str(config[key]) for key in ("checkpoint.monitor", "checkpoint.mode")}
+    monitor, mode = monitored.values()
+    opened = search.open_study(storage, study, search.make_pruner(pruner), mode)
     opened.sampler = search.make_sampler(sampler, sampler_seed, len(opened.trials))
-    search.require_same_search(opened, flatten({"space": space}) | json.loads(identity(config, ())))
-    search.Search(folder, opened, n_trials, distributions, files, overrides, workers).run()
+    asked = flatten({"space": space}) | json.loads(identity(config, ()))
+    asked |= monitored if (monitor, mode) != ("val/acc", "max") else {}  # older studies know only these
+    search.require_same_search(opened, asked)
+    search.Search(folder, opened, n_trials, distributions, files, overrides, workers, monitor).run()
 
     from mnist_lit.sweeps.tune_report import report
 
-    report(folder, opened, overrides, files)
+    report(folder, opened, overrides, files, monitor)
     return opened
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import lightning as L
 import pytest
 import torch
 from helpers import ROOT, assert_same, final, small
+from torchmetrics.functional import classification as functional
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import settings
 from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN
 from mnist_lit.cli.resume import Run, continued, find
 from mnist_lit.data import MNISTDataModule
+from mnist_lit.evaluate import evaluate
 from mnist_lit.inference.trained import load
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.schedulers import LENGTHS
@@ -184,6 +187,65 @@ def test_only_training_images_are_augmented(tmp_path: Path) -> None:
     assert shifted["test/acc"] == pytest.approx(sum(correct) / 2)
 
 
+METRICS: dict[str, Any] = {
+    "f1": functional.multiclass_f1_score,
+    "top2": partial(functional.multiclass_accuracy, top_k=2, average="micro"),
+    "auroc": partial(functional.multiclass_auroc, thresholds=200),
+}
+
+
+def test_metrics_of_the_group_are_torchmetrics_and_are_everywhere(tmp_path: Path) -> None:
+    names = sorted(path.stem for path in (ROOT / "conf" / "metrics").glob("*.yaml"))
+    assert names == sorted(METRICS)
+    chosen = [f"metrics=[{','.join(METRICS)}]", "checkpoint.monitor=val/f1", "logger=csv"]
+    stops = ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/top2"]
+    overrides = ["model=mlp", "optimizer=adam", "data.val_size=500", "checkpoint.every_n_steps=1", *chosen]
+    values = small(*overrides, *stops, "trainer.limit_test_batches=1.0")
+    found = train(tmp_path / "run", **values)
+    data = MNISTDataModule(source="sample", batch_size=1000)
+    data.setup()
+    images, labels = next(iter(data.test_dataloader()))
+    probabilities = load(tmp_path / "run")(images)
+    for name, function in METRICS.items():
+        assert found[f"test/{name}"] == pytest.approx(float(function(probabilities, labels, num_classes=10)), abs=1e-6)
+    for file in ("metrics.csv", "csv/metrics.csv"):
+        with (tmp_path / "run" / file).open() as lines:
+            columns = csv.DictReader(lines).fieldnames or ()
+        assert {f"{stage}/{name}" for stage in ("train", "val") for name in METRICS} <= {*columns}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"<dt>test auroc</dt><dd>{found['test/auroc']:.4f}</dd>" in page
+    best = torch.load(tmp_path / "run" / runs.BEST, weights_only=True)["recorded"]["validations"][-1]
+    assert best["val/f1"] == found["val/f1"] == max(row["val/f1"] for row in validations(tmp_path / "run"))
+    again = evaluate(
+        tmp_path / "again",
+        ckpt=tmp_path / "run",
+        **{key: values[key] for key in ("data", "metrics")},
+        trainer={"_target_": "lightning.Trainer", "accelerator": "cpu"},
+    )
+    assert again["test/f1"] == found["test/f1"]
+
+
+def test_metrics_are_resumed_exactly_within_an_epoch(tmp_path: Path) -> None:
+    overrides = ["model=mlp", "metrics=[f1,auroc]", "checkpoint.every_n_steps=1", "data.val_size=100"]
+    train(tmp_path / "whole", **small(*overrides))
+    assert_same(killed_and_resumed(tmp_path / "killed", 5, *overrides), final(tmp_path / "whole"))
+
+
+def validations(folder: Path) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = torch.load(folder / runs.LAST, weights_only=True)["recorded"]["validations"]
+    return found
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_the_best_epoch_is_that_of_the_metric_that_is_monitored(mode: str, tmp_path: Path) -> None:
+    wild = ["model=mlp", "optimizer=sgd", "optimizer.lr=20", "data.val_size=100", "trainer.max_epochs=4"]
+    found = train(tmp_path, **small(*wild, "checkpoint.monitor=val/loss", f"checkpoint.mode={mode}"))
+    losses = [row["val/loss"] for row in validations(tmp_path)]
+    assert found["val/loss"] == {"max": max, "min": min}[mode](losses)
+    assert found["tested_weights"] == f"best (epoch {losses.index(found['val/loss']) + 1})"
+    assert losses.index(min(losses)) != losses.index(max(losses))
+
+
 def test_graphs_are_for_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs trainer\.accelerator=gpu and a CUDA device, not cpu"):
         train(tmp_path, **small("callbacks=cuda_graphs"))
@@ -228,6 +290,13 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         ),
         (["scheduler._target_=torch.optim.SGD", "scheduler=step"], "not a subclass of torch.optim.lr_scheduler"),
         (["callbacks=ema", "callbacks.ema.decay=much"], r"callbacks\.ema\.decay=much"),
+        (["metrics=f1", "metrics.f1.average=most"], r"metrics\.f1.*average"),
+        (["metrics=auroc", "metrics.auroc.thresholds=null"], r"metrics\.auroc: it would keep every prediction"),
+        (["+metrics.acc={_target_: torchmetrics.MeanMetric}"], r"metrics\.acc: acc is measured anyway"),
+        (
+            ["data.val_size=100", "checkpoint.monitor=val/f1"],
+            r"monitor=val/f1: there is no such metric; there are val/acc, val/loss",
+        ),
         (["augment=affine", "+augment.angle=3"], "augment: .*angle"),
         (["augment=affine", "augment._target_=torch.optim.SGD"], "not a subclass of torch.nn"),
     ],

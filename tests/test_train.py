@@ -48,7 +48,7 @@ def test_config_yaml_has_every_value_and_the_data(finished_run: Path) -> None:
     text = (finished_run / "config.yaml").read_text()
     assert yaml.safe_load(text) | {"resume": None} == {
         **small(),
-        **dict.fromkeys(("logger", "scheduler", "augment", "callbacks")),
+        **dict.fromkeys(("logger", "scheduler", "augment", "metrics", "callbacks")),
     }
     assert text.startswith("# data: mnist-sample, sha256 ")
 

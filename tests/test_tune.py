@@ -303,7 +303,7 @@ def test_a_study_is_not_mixed_with_another_search(tmp_path: Path) -> None:
 
 def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
     study = opened(sqlite(tmp_path))
-    search = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1)
+    search = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1, "val/acc")
     study.add_trial(optuna.create_trial(value=0.5))
     earlier, later = study.ask(), study.ask()
     assert not search._is_surplus(earlier) and search._is_surplus(later)
@@ -398,7 +398,7 @@ def test_25_a_trial_whose_process_was_killed_before_it_began_does_not_stay_runni
     never_begun, begun = study.ask(), study.ask()
     begun.set_user_attr("started", begun.number)
     monkeypatch.setattr(search, "GRACE_PERIOD", 0.2)
-    workers = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1)
+    workers = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1, "val/acc")
     workers._fail_stale_trials()
     assert states(study) == ["RUNNING", "RUNNING"]
     time.sleep(0.3)

@@ -39,6 +39,8 @@ class Model(TypedDict, total=False):
 
 @carries_along
 class Checkpoint(TypedDict, total=False):
+    monitor: Annotated[str, Field(pattern="^val/.")]
+    mode: Literal["max", "min"]
     every_n_epochs: Count
     every_n_steps: Count | None
 
@@ -51,13 +53,14 @@ class Verb(TypedDict, total=False):
 class Evaluate(Verb, total=False):
     ckpt: Text
     data: Data
+    metrics: dict[str, Any] | None
     trainer: dict[str, Any]
 
 
 @carries_along
 class Train(Verb, total=False):
     seed: Seed
-    float32_matmul_precision: Literal["highest", "high", "medium"]
+    float32_matmul_precision: Literal["highest", "high", "medium"] | None
     data: Data
     model: Model
     optimizer: dict[str, Any]
@@ -65,6 +68,7 @@ class Train(Verb, total=False):
     checkpoint: Checkpoint
     scheduler: dict[str, Any] | None
     augment: dict[str, Any] | None
+    metrics: dict[str, Any] | None
     callbacks: dict[str, Any] | None
     logger: dict[str, Any] | None
     resume: Text | None

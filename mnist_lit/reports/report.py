@@ -16,11 +16,12 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
 
+from mnist_lit.reports.results import further_metrics
 from mnist_lit.reports.scores import MAX_MISTAKES
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.provenance import SAMPLE_NAME, described
 
-CURVES = {"loss": "loss", "acc": "accuracy"}
+CURVES = {"loss": "loss", "acc": "accuracy"}  # of any run
 TEXT_COLOR = "#010203"  # placeholder for the text colour of the page, which depends on light or dark mode
 
 
@@ -68,14 +69,16 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_lit.reports"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    confusion = results["test/confusion_matrix"]
+    confusion, others = results["test/confusion_matrix"], further_metrics(results)
+    titles = CURVES | {name: name for name in others}
     page = environment.get_template("report.html").render(
         results=results,
         trained="epochs" in results,
         data=described(results["data"]),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         is_sample=results["data"]["name"] == SAMPLE_NAME,
-        curves=[(title, _curve_svg(key, history, results)) for key, title in CURVES.items()] if history else [],
+        curves=[(title, _curve_svg(key, history, results)) for key, title in titles.items()] if history else [],
+        others=others,
         filters=_filters(network),
         wrong=int((predictions.probabilities.argmax(1) != predictions.labels).sum()),
         mistakes=_worst_mistakes(predictions),

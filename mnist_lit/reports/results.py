@@ -11,20 +11,20 @@ from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import SAMPLE_NAME
 
 
-def training_results(recorder: Any, best_path: Path | None) -> dict[str, Any]:
+def training_results(recorder: Any, checkpoints: Any) -> dict[str, Any]:
     """The results of training.
 
     Args:
         recorder: The ``RunRecorder`` of the run.
-        best_path: The checkpoint with the best weights by validation, if those are tested.
+        checkpoints: Its ``Checkpoints``, which know the best weights by validation, if those are tested.
     """
-    final = recorder.history[-1] if recorder.history else {}
-    # The first of equals, as in the checkpoint callback.
-    tested = max(recorder.validations, key=lambda row: row["val/acc"]) if best_path else final
+    final, best = recorder.history[-1] if recorder.history else {}, checkpoints.best
+    is_best = checkpoints.best_path is not None
+    tested = next(row for row in recorder.validations if best.items() <= row.items()) if is_best else final
     return {
-        **{key: final[key] for key in ("train/loss", "train/acc") if key in final},
-        **{key: tested[key] for key in ("val/loss", "val/acc") if key in tested},
-        "tested_weights": f"best (epoch {tested['epoch']})" if best_path else "final",
+        **{key: value for key, value in final.items() if key.startswith("train/")},
+        **{key: value for key, value in tested.items() if key.startswith("val/")},
+        "tested_weights": f"best (epoch {tested['epoch']})" if is_best else "final",
         "epochs": len(recorder.history),
         "epoch_seconds": [row["epoch_seconds"] for row in recorder.history],
         "fit_seconds": recorder.fit_seconds,
@@ -57,16 +57,26 @@ def only_showing(what: str, folder: Path, results: str = "metrics.json") -> Iter
         raise UserError(f"{what} cannot be written ({reason}); the results are in {where}") from error
 
 
+def further_metrics(results: dict[str, Any]) -> list[str]:
+    """The names of the metrics that a run had beside loss and accuracy."""
+    found = [key for key, value in results.items() if key.startswith("test/") and isinstance(value, float)]
+    return [
+        key.removeprefix("test/") for key in found if key not in ("test/loss", "test/acc", "test/calibration_error")
+    ]
+
+
 def training_table(results: dict[str, Any], folder: Path) -> str:
     rows = [
         ("train, last epoch", "train"),
         ("validation", "val"),
         (f"test, {results['tested_weights']} weights", "test"),
     ]
-    lines = [f"{'':28}{'loss':>8}{'accuracy':>10}"]
+    others = further_metrics(results)
+    lines = [f"{'':28}{'loss':>8}{'accuracy':>10}" + "".join(f"{name:>10}" for name in others)]
     for title, stage in rows:
         if f"{stage}/loss" in results:
-            lines.append(f"{title:28}{results[f'{stage}/loss']:8.4f}{results[f'{stage}/acc']:10.4f}")
+            values = "".join(f"{results[f'{stage}/{name}']:10.4f}" for name in ("acc", *others))
+            lines.append(f"{title:28}{results[f'{stage}/loss']:8.4f}{values}")
     count, seconds = results["epochs"], results["fit_seconds"]
     lines.append(f"{count} epoch{'s' * (count != 1)} in {seconds:.0f} s on {results['device']}")
     lines.append(f"data: {_data(results)}; everything is in {runs.display_path(folder)}")
@@ -80,8 +90,9 @@ def evaluation_table(results: dict[str, Any], folder: Path) -> str:
             f"{row['digit']:5}{row['images']:8}{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}  {row.get('name', '')}".rstrip()
         )
     lines.append("")
-    for key, title in (("loss", "loss"), ("acc", "accuracy"), ("calibration_error", "calibration error")):
-        lines.append(f"test {title:18}{results[f'test/{key}']:.4f}")
+    titles = {"loss": "loss", "acc": "accuracy", "calibration_error": "calibration error"}
+    for key in (*titles, *further_metrics(results)):
+        lines.append(f"test {titles.get(key, key):18}{results[f'test/{key}']:.4f}")
     lines.append(f"{results['test/images']:,} images of {_data(results)}, with {results['ckpt']}")
     lines.append(f"the report: {runs.display_path(folder)}/report.html")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ KNOWN = (
     "kornia.augmentation",
     "torch.optim",
     "torch.optim.lr_scheduler",
+    "torchmetrics.classification",
     "lightning",
     "lightning.pytorch",
     *(f"lightning.pytorch.{kind}" for kind in ("callbacks", "loggers", "plugins", "profilers", "strategies")),

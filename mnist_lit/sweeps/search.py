@@ -27,6 +27,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -118,14 +119,18 @@ def make_pruner(name: str) -> optuna.pruners.BasePruner:
     return optuna.pruners.MedianPruner(n_warmup_steps=2)  # the first epoch says too little
 
 
-def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner, mode: str = "max") -> optuna.Study:
     """Create the study, or load it if it exists.
+
+    Args:
+        mode: ``max`` or ``min``: whether more or less of what the trials return is better.
 
     Raises:
         UserError: The storage cannot be opened.
     """
     warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    direction: Any = {"max": "maximize", "min": "minimize"}[mode]
     for delay in (0.5, 1.0, 1.5, 2.0, None):
         try:
             if storage.startswith("sqlite:///"):
@@ -137,7 +142,7 @@ def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner) -> op
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
             )
             return optuna.create_study(
-                study_name=name, storage=database, pruner=pruner, direction="maximize", load_if_exists=True
+                study_name=name, storage=database, pruner=pruner, direction=direction, load_if_exists=True
             )
         except (SQLAlchemyError, StorageInternalError, ImportError, OSError, ValueError) as error:
             if delay is None or not isinstance(error, DBAPIError | StorageInternalError):
@@ -179,6 +184,7 @@ class Search:
     files: ConfigFiles
     overrides: Sequence[str]
     workers: int
+    monitor: str
 
     def __post_init__(self) -> None:
         self.stop = threading.Event()
@@ -227,7 +233,7 @@ class Search:
                 log.warning("a trial of this process was considered dead and will be run again")
 
     def _objective(self, trial: optuna.Trial) -> float:
-        """Train with the trial's parameters; returns the best validation accuracy, or NaN, which fails the trial."""
+        """Train with the trial's parameters; returns the best of what is monitored, or NaN, which fails the trial."""
         trial.set_user_attr("started", trial.number)  # from now on there are heartbeats
         if self._is_surplus(trial):
             trial.set_user_attr("surplus", True)
@@ -238,13 +244,14 @@ class Search:
         overrides += [quoted(f"hydra.run.dir={folder}"), "hydra.mode=RUN", "trainer.enable_progress_bar=false"]
         config_dir = [f"--config-dir={self.files.user_folder}"] if self.files.user_folder else []
         metrics = folder / "metrics.csv"
-        best: dict[int, float] = {}  # best accuracy so far, by epoch
+        best: dict[int, float] = {}  # best value so far, by epoch
+        better = max if self.study.direction == StudyDirection.MAXIMIZE else min
 
         def should_prune() -> bool:
             rows = csv.DictReader(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else ()
             for row in rows:
-                if row["val/acc"] and (epoch := int(row["epoch"])) > max(best, default=0):
-                    best[epoch] = max(float(row["val/acc"]), *best.values(), 0.0)
+                if row.get(self.monitor) and (epoch := int(row["epoch"])) > max(best, default=0):
+                    best[epoch] = better([float(row[self.monitor]), *best.values()])
                     trial.report(best[epoch], epoch)
             return bool(best) and trial.should_prune()
 
@@ -260,7 +267,7 @@ class Search:
         if best and (folder / "metrics.json").exists():
             if ended.code:
                 log.warning("trial %d: %s", trial.number, ended.reason)
-            return max(best.values())
+            return better(best.values())
         if pruned and not stopped:
             raise optuna.TrialPruned
         frozen = self.study.trials[trial.number]
@@ -290,7 +297,7 @@ class Search:
         if "surplus" in trial.user_attrs:
             return
         counted = [each for each in study.get_trials(deepcopy=False) if counts(each)]
-        outcome = f"val/acc {trial.value:.4f}" if trial.value is not None else ""
+        outcome = f"{self.monitor} {trial.value:.4f}" if trial.value is not None else ""
         if trial.state == TrialState.PRUNED:
             outcome = f"pruned after epoch {trial.last_step}, {outcome}"
         if trial.state == TrialState.FAIL:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
-from mnist_lit.reports.results import only_showing
+from mnist_lit.reports.results import further_metrics, only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.tables import text_table, to_csv
@@ -106,18 +106,20 @@ def _cell(group: Group, key: str) -> str:
 
 def _csv(groups: list[Group], ranked: bool) -> bytes:
     """A row for each job, with the mean and the standard deviation of its group."""
+    others = dict.fromkeys(name for group in groups for job in group.jobs for name in further_metrics(job.results))
+    metrics = [*METRICS, *(f"{stage}/{name}" for name in others for stage in ("val", "test", "train"))]
     rows: list[dict[str, Any]] = []
     for rank, group in enumerate(groups, 1):
         shared: dict[str, Any] = {"rank": rank if ranked else ""}
-        shared |= {f"{key} mean": group.mean(key) for key in METRICS}
-        shared |= {f"{key} sd": group.deviation(key) for key in METRICS}
+        shared |= {f"{key} mean": group.mean(key) for key in metrics}
+        shared |= {f"{key} sd": group.deviation(key) for key in metrics}
         for job in group.jobs:
             own = {"status": job.status, "seconds": round(job.seconds, 1), "reason": job.reason}
             rows.append({**job.results, **job.overrides, **shared, **own, "folder": job.folder.name})
     keys = dict.fromkeys(key for group in groups for job in group.jobs for key in job.overrides)
-    figures = [f"{key} {statistic}" for key in METRICS for statistic in ("mean", "sd")]
+    figures = [f"{key} {statistic}" for key in metrics for statistic in ("mean", "sd")]
     last = ["epochs", "fit_seconds", "seconds", "folder", "reason"]
-    return to_csv(["rank", *keys, "status", *METRICS, *figures, *last], rows)
+    return to_csv(["rank", *keys, "status", *metrics, *figures, *last], rows)
 
 
 def _plot(groups: list[Group], path: Path) -> None:

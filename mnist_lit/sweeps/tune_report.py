@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 from omegaconf import OmegaConf
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lit import UserError
@@ -24,23 +25,28 @@ NOT_SETTINGS = (*MAY_CHANGE, "trainer.enable_checkpointing")  # trials write non
 MAX_ROWS = 10  # of the table on the terminal
 
 
-def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: ConfigFiles) -> None:
+def report(
+    folder: Path, study: optuna.Study, overrides: Sequence[str], files: ConfigFiles, monitor: str = "val/acc"
+) -> None:
     """Write the results of ``study`` to ``folder``, and log the best of them.
+
+    Args:
+        monitor: The metric that was optimized.
 
     Raises:
         UserError: No trial completed, or a file cannot be written; an existing one is left as it was.
     """
     trials, shown = study.get_trials(deepcopy=False), runs.display_path(folder)
-    atomic_write(folder / "trials.csv", _csv(trials))
+    atomic_write(folder / "trials.csv", _csv(trials, monitor))
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if not complete:
         raise UserError(f"no trial completed; {shown}/trials.csv says why")
-    complete.sort(key=lambda trial: -(trial.value or 0.0))
+    complete.sort(key=lambda trial: trial.value or 0.0, reverse=study.direction == StudyDirection.MAXIMIZE)
     best, keys = complete[0], list(complete[0].params)
     (folder / "experiment").mkdir(exist_ok=True)
-    content = experiment(best, study.study_name, overrides, files)
+    content = experiment(best, study.study_name, overrides, files, monitor)
     atomic_write(folder / "experiment" / "best.yaml", content.encode())
-    rows = [["trial", "val/acc", *keys]]
+    rows = [["trial", monitor, *keys]]
     rows += [[str(t.number), f"{t.value:.4f}", *(short(t.params[key]) for key in keys)] for t in complete[:MAX_ROWS]]
     failed = [trial for trial in trials if "reason" in trial.user_attrs]
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
@@ -51,10 +57,12 @@ def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: C
     ]
     log.info("\n%s\n\n%s", text_table(rows, ">"), "\n".join(lines))
     with only_showing("the plots", folder, "trials.csv"):
-        _plot(study, folder, PLOTS if len(complete) > 1 else PLOTS[:1])
+        _plot(study, folder, PLOTS if len(complete) > 1 else PLOTS[:1], monitor)
 
 
-def experiment(trial: FrozenTrial, study: str, overrides: Sequence[str], files: ConfigFiles) -> str:
+def experiment(
+    trial: FrozenTrial, study: str, overrides: Sequence[str], files: ConfigFiles, monitor: str = "val/acc"
+) -> str:
     """The settings of a trial as a file for ``experiment=``; it does not say where the data are."""
     config = files.compose([*overrides, *as_overrides(trial.params)])
     choices = config.hydra.runtime.choices
@@ -65,17 +73,18 @@ def experiment(trial: FrozenTrial, study: str, overrides: Sequence[str], files: 
     for key, value in flatten(plain_values(config)).items():
         if (key not in defaults or defaults[key] != value) and not is_one_of(key, NOT_SETTINGS):
             OmegaConf.update(changes, key, value, force_add=True)
-    head = f"The best of the study {study}: validation accuracy {trial.value:.4f} in trial {trial.number}."
+    head = f"The best of the study {study}: {monitor} {trial.value:.4f} in trial {trial.number}."
     return f"# @package _global_\n# {head}\n{OmegaConf.to_yaml(changes)}"
 
 
-def _csv(trials: Sequence[FrozenTrial]) -> bytes:
+def _csv(trials: Sequence[FrozenTrial], monitor: str) -> bytes:
     keys = dict.fromkeys(key for trial in trials for key in trial.params)
     rows = [
         {
             "trial": trial.number,
             "state": trial.state.name.lower(),
-            "val/acc": max(trial.intermediate_values.values(), default=""),
+            # What is reported is the best so far.
+            monitor: trial.intermediate_values[trial.last_step] if trial.last_step else "",
             "epochs": trial.last_step or 0,
             "seconds": round(trial.duration.total_seconds(), 1) if trial.duration else "",
             **trial.params,
@@ -83,10 +92,10 @@ def _csv(trials: Sequence[FrozenTrial]) -> bytes:
         }
         for trial in trials
     ]
-    return to_csv(["trial", "state", "val/acc", *keys, "epochs", "seconds", "folder", "reason"], rows)
+    return to_csv(["trial", "state", monitor, *keys, "epochs", "seconds", "folder", "reason"], rows)
 
 
-def _plot(study: optuna.Study, folder: Path, names: Sequence[str]) -> None:
+def _plot(study: optuna.Study, folder: Path, names: Sequence[str], monitor: str) -> None:
     import matplotlib
     import matplotlib.pyplot as plt
     import optuna.visualization.matplotlib as visualization
@@ -95,7 +104,7 @@ def _plot(study: optuna.Study, folder: Path, names: Sequence[str]) -> None:
     logging.getLogger("matplotlib.category").setLevel(logging.WARNING)  # it mentions numeric choices
     with warnings.catch_warnings(action="ignore"):  # Optuna's matplotlib plots are experimental
         for name in names:
-            target = {} if name == "intermediate_values" else {"target_name": "validation accuracy"}
+            target = {} if name == "intermediate_values" else {"target_name": monitor}
             try:
                 getattr(visualization, f"plot_{name}")(study, **target)
                 plt.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")

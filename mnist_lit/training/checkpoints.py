@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+import math
 import os
 import signal
 import threading
@@ -68,21 +69,31 @@ class Checkpoints(Checkpoint):
         folder: The run folder; checkpoints go into its ``checkpoints/``.
         every_n_steps: Optimizer steps between checkpoints within an epoch; None for no such checkpoints.
         every_n_epochs: Epochs between checkpoints at the end of an epoch. The last epoch always gets one.
+        monitor: The metric of the validation that makes an epoch the best one.
+        mode: ``max`` or ``min``: whether more or less of it is better.
         enabled: False writes no checkpoints; a stopped run then cannot be resumed.
 
     Attributes:
-        best: ``epoch`` and ``val/acc`` of the best validation so far, the earliest on a tie; empty before the first.
+        best: ``epoch`` and the monitored metric of the best validation so far, the earliest on a tie; empty before the first.
 
     Raises:
         Interrupted: From Lightning's hooks, after a signal.
-        UserError: From Lightning's hooks, if weights are not finite or a file cannot be written.
+        UserError: From Lightning's hooks, if weights are not finite, a file cannot be written, or there is no metric of
+            the name ``monitor``.
     """
 
     def __init__(
-        self, folder: Path, every_n_steps: int | None = None, every_n_epochs: int = 1, enabled: bool = True
+        self,
+        folder: Path,
+        every_n_steps: int | None = None,
+        every_n_epochs: int = 1,
+        monitor: str = "val/acc",
+        mode: str = "max",
+        enabled: bool = True,
     ) -> None:
         super().__init__()
         self.folder, self.enabled = folder, enabled
+        self._monitor, self._sign = monitor, 1 if mode == "max" else -1
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.best: dict[str, Any] = {}
         self._stopped_early = False  # by a callback, before max_epochs or max_steps
@@ -107,9 +118,13 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        acc = float(trainer.callback_metrics["val/acc"])
-        if not self.best or acc > self.best["val/acc"]:
-            self.best = {"epoch": trainer.current_epoch + 1, "val/acc": acc}
+        metrics = trainer.callback_metrics
+        if self._monitor not in metrics:
+            there = ", ".join(sorted(key for key in metrics if key.startswith("val/")))
+            raise UserError(f"checkpoint.monitor={self._monitor}: there is no such metric; there are {there}")
+        value = float(metrics[self._monitor])
+        if not self.best or (value - self.best[self._monitor]) * self._sign > 0 or math.isnan(self.best[self._monitor]):
+            self.best = {"epoch": trainer.current_epoch + 1, self._monitor: value}
             self._save(trainer, BEST)
         self._save_if_due(trainer)
 
@@ -165,6 +180,8 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self._stopped_early = state["best"], state["stopped_early"]
+        if self._monitor not in self.best:  # another one until now
+            self.best = {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["machine"] = _environment(trainer)

@@ -17,6 +17,7 @@ from lightning.pytorch import loggers
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torchmetrics import Metric
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mnist_lit import UserError, compat
@@ -32,6 +33,7 @@ from mnist_lit.training.progress import ProgressBar
 __all__ = [
     "build_augmentation",
     "build_callbacks",
+    "build_metrics",
     "build_trainer",
     "checkpoints",
     "conditions",
@@ -106,6 +108,26 @@ def build_trainer(
 def build_callbacks(config: dict[str, Any] | None) -> list[L.Callback]:
     """The callbacks of the section ``callbacks``, which has the class and arguments of each by name; null is none."""
     return [_build_named("callbacks", name, options, L.Callback) for name, options in (config or {}).items() if options]
+
+
+def build_metrics(config: dict[str, Any] | None) -> dict[str, Metric]:
+    """The metrics of the section ``metrics``, by name; null is none.
+
+    Raises:
+        UserError: There is no such class, it does not accept its arguments, or it keeps every prediction.
+    """
+    built: dict[str, Metric] = {}
+    for name, options in (config or {}).items():
+        if name in ("loss", "acc"):
+            raise UserError(f"metrics.{name}: {name} is measured anyway; choose another name")
+        if not options:  # switched off by its name
+            continue
+        built[name] = instantiate(f"metrics.{name}", options, Metric)  # type: ignore[type-abstract]
+        if any(isinstance(state, list) for state in built[name].metric_state.values()):
+            raise UserError(
+                f"metrics.{name}: it would keep every prediction; some metrics need thresholds not to do so"
+            )
+    return built
 
 
 def build_augmentation(config: dict[str, Any] | None) -> nn.Module | None:

@@ -22,9 +22,9 @@ class RunRecorder(L.Callback):
     """Times each epoch, then appends it to ``metrics.csv`` and logs a line.
 
     Attributes:
-        history: One row per epoch: ``epoch`` (from 1), ``train/loss``, ``train/acc``, with a validation split
-            ``val/loss`` and ``val/acc``, and ``epoch_seconds``, the training time without validation.
-        validations: ``epoch``, ``val/loss`` and ``val/acc`` of each validation.
+        history: One row per epoch: ``epoch`` (from 1), ``train/loss``, ``train/acc`` and further metrics, with a
+            validation split likewise ``val/loss`` ..., and ``epoch_seconds``, the training time without validation.
+        validations: ``epoch``, ``val/loss`` ... of each validation.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,9 +61,10 @@ class RunRecorder(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
-            metrics = {key: float(trainer.callback_metrics[key]) for key in ("val/loss", "val/acc")}
+            keys = [f"val/{name}" for name in pl_module.stage_metrics("val")]
+            metrics = {key: float(trainer.callback_metrics[key]) for key in keys}
             self.validations.append({"epoch": trainer.current_epoch + 1, **metrics})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -78,7 +79,7 @@ class RunRecorder(L.Callback):
         if trainer.is_global_zero:
             parts = [f"{key} {value:.4f}" for key, value in row.items() if "/" in key]
             log.info("%s  %s  %.1f s", epoch_name(trainer), "  ".join(parts), self._seconds)
-            self._write(trainer)
+            self._write(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero and trainer.training and not isinstance(exception, Interrupted):
@@ -89,11 +90,12 @@ class RunRecorder(L.Callback):
             self._seconds += _now(trainer) - self._started
             self._started = None
 
-    def _write(self, trainer: L.Trainer) -> None:
+    def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Rewrite the whole file: a resumed run repeats the epochs after its checkpoint."""
         facts = facts_of(trainer.datamodule)  # type: ignore[attr-defined]
         data = {"data": facts["name"], "data_sha256": facts.get("sha256", "")}
-        columns = ["epoch", "train/loss", "train/acc", "val/loss", "val/acc", "epoch_seconds", *data]
+        metrics = [f"{stage}/{name}" for stage in ("train", "val") for name in pl_module.stage_metrics(stage)]
+        columns = ["epoch", *metrics, "epoch_seconds", *data]
         atomic_write(self.path, to_csv(columns, [{**row, **data} for row in self.history]))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
