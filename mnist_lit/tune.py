@@ -51,15 +51,14 @@ def tune(
         from mnist_lit.sweeps import search
     folder, files = Path(folder), ConfigFiles("train", config_dir)
     with files.errors_as_user_errors(overrides):
-        config = flatten(plain_values(files.compose(overrides), resolve=False))
-    distributions = search.distributions(space, config, overrides)
+        composed = files.compose(overrides)
+    config, groups = flatten(plain_values(composed, resolve=False)), composed.hydra.runtime.choices
+    distributions = search.distributions(space, {**groups, **config}, overrides)
     monitored = {key: str(config[key]) for key in ("checkpoint.monitor", "checkpoint.mode")}
     monitor, mode = monitored.values()
     opened = search.open_study(storage, study, search.make_pruner(pruner), mode)
     opened.sampler = search.make_sampler(sampler, sampler_seed, len(opened.trials))
-    asked = flatten({"space": space}) | json.loads(identity(config, ()))
-    asked |= monitored if (monitor, mode) != ("val/acc", "max") else {}  # older studies know only these
-    search.require_same_search(opened, asked)
+    search.require_same_search(opened, flatten({"space": space}) | json.loads(identity(config, ())) | monitored)
     search.Search(folder, opened, n_trials, distributions, files, overrides, workers, monitor).run()
 
     from mnist_lit.sweeps.tune_report import report

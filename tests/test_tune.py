@@ -147,6 +147,27 @@ def test_25_a_worker_that_is_killed_costs_no_trial_and_the_total_is_honoured(
 
 
 @pytest.mark.slow
+def test_a_search_over_groups_by_another_metric(tmp_path: Path, tune: Any, command: Command) -> None:
+    space = ["~space", "+space.optimizer.choices=[adam,sgd]", "+space.scheduler.choices=[step,cosine]"]
+    asked = ["metrics=f1", "checkpoint.monitor=val/loss", "checkpoint.mode=min", "sampler=random", "sampler_seed=1"]
+    done = tune("n_trials=4", *asked, *space, *SMALL[:4], *SMALL[5:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "outputs" / "tune" / "trials.csv").open()))
+    assert len({row["optimizer"] for row in rows}) == len({row["scheduler"] for row in rows}) == 2
+    for row in rows:
+        config = yaml.safe_load((Path(tmp_path, row["folder"]) / "config.yaml").read_text())
+        assert config["optimizer"]["_target_"].lower().endswith(row["optimizer"])
+        assert row["scheduler"] in config["scheduler"]["_target_"].lower()
+    best = min(rows, key=lambda row: float(row["val/loss"]))
+    shown = command("--config-dir=outputs/tune", "experiment=best", "--cfg=job", "--package=optimizer", cwd=tmp_path)
+    assert best["optimizer"] in shown.stdout.lower()
+    again = tune("n_trials=5", *asked[:1], *asked[3:], *space, *SMALL[:4], *SMALL[5:], cwd=tmp_path)
+    assert again.returncode == 1 and "checkpoint.monitor was val/loss, is now val/acc" in again.stderr
+    unknown = tune("n_trials=4", "~space", "+space.optimiser.choices=[adam,sgd]", *SMALL[:4], cwd=tmp_path)
+    assert "train has no key optimiser; did you mean optimizer?" in unknown.stderr
+
+
+@pytest.mark.slow
 def test_24_a_trial_without_a_finite_loss_fails_and_the_study_goes_on(tmp_path: Path, tune: Any) -> None:
     arguments = ["~space", "+space.optimizer.lr.choices=[1e30,1.0]", "optimizer=sgd", "sampler_seed=0", *SMALL[:-4]]
     done = tune(

@@ -44,6 +44,7 @@ HEARTBEAT_INTERVAL, GRACE_PERIOD = 5, 15  # seconds between heartbeats, and with
 POLL_INTERVAL = 2.0  # seconds between checks for stale trials
 MAX_RETRIES = 3  # of a trial whose process was killed
 FIRST_FAILURES = 3  # if the first trials all fail, the parameters are not to blame
+BEFORE_MONITOR = {"checkpoint.monitor": "val/acc", "checkpoint.mode": "max"}  # what studies from then optimize
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that was asked to stop
 SUGGEST: dict[type[BaseDistribution], Callable[..., Any]] = {
     CategoricalDistribution: optuna.Trial.suggest_categorical,
@@ -58,7 +59,7 @@ def distributions(
     """The ``space`` of ``conf/tune.yaml`` as Optuna's distributions.
 
     Args:
-        config: The flat configuration of a training run.
+        config: The flat configuration of a training run, and the choice of each group.
         overrides: The changes to it on the command line.
 
     Raises:
@@ -160,7 +161,7 @@ def require_same_search(study: optuna.Study, config: Mapping[str, Any]) -> None:
         UserError: They differ, so new trials could not be compared with those in the study.
     """
     new = json.loads(json.dumps(config))
-    old = study.user_attrs.get("config", new)
+    old = {key: BEFORE_MONITOR[key] for key in BEFORE_MONITOR if key in new} | study.user_attrs.get("config", new)
     study.set_user_attr("config", old)
     changes = [f"{key} was {old.get(key)}, is now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
     if changes:
