@@ -248,8 +248,9 @@ def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str,
         log.info("%s\n%s parameters", classifier.network, f"{parameters:,}")
     facts = facts_of(data)
     log.info("data: %s", described(facts))
+    known = {"data_name": facts["name"], "data_sha256": facts.get("sha256", ""), "versions": runs.versions()}
     for logger in trainer.loggers:
-        logger.log_hyperparams({"data_name": facts["name"], "data_sha256": facts.get("sha256", ""), **config})
+        logger.log_hyperparams({**known, **config})
     if resume:
         where = Path(resume)
         start = where.name if where.is_file() else "its beginning"
