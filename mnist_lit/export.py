@@ -12,13 +12,15 @@ from mnist_lit import UserError, __version__, require_packages
 from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.storage.atomic import atomic_path, require_free
+from mnist_lit.storage.provenance import facts_of, why_not_to_test
+from mnist_lit.storage.tables import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mnist_lit.inference.trained import TrainedModel
 
-    Model = Callable[[Tensor], Tensor]  # from images float32 [N, 1, 28, 28] to probabilities [N, 10]
+    Model = Callable[[Tensor], Tensor]  # from images float32 [N, C, H, W] to probabilities [N, classes]
 
 TOLERANCE = 1e-5  # largest absolute difference allowed between the probabilities of the file and of the model
 BATCH_SIZES = (1, 7)  # compared in addition to batches of 500, since the batch size is dynamic
@@ -35,9 +37,9 @@ def export(
 
     Args:
         output: Its suffix selects the format. ``.onnx``: a graph of standard operators with the input ``image``,
-            float32 [N, 1, 28, 28] from 0 to 1, and the output ``probabilities``, float32 [N, 10], for any N. ``.pt2``:
-            the same as a torch.export program. ``.safetensors``: the weights of the network.
-        data: Arguments of ``MNISTDataModule``.
+            float32 [N, 1, 28, 28] from 0 to 1 (or whatever ``data`` has), and the output ``probabilities``, float32
+            [N, 10], for any N. ``.pt2``: the same as a torch.export program. ``.safetensors``: the weights of the network.
+        data: The data module's class (``_target_``) and arguments; None for those of ``conf/data/mnist.yaml``.
         trust: Packages whose networks the checkpoint may name, besides this project's.
 
     Returns:
@@ -56,42 +58,52 @@ def export(
     with loading("PyTorch"):
         import torch
 
-        from mnist_lit.inference.trained import load_for_pictures
-        from mnist_lit.storage.provenance import why_not_to_test
+        from mnist_lit.inference.trained import load
 
-    model = load_for_pictures(latest.resolve(ckpt), trust)
+    model = load(latest.resolve(ckpt), trust)
     with loading("torchvision and Lightning"):
-        from mnist_lit.data import MNISTDataModule, scale
+        import lightning as L
 
-    datamodule = MNISTDataModule(**(data or {}))
+        from mnist_lit.build import instantiate
+
+    datamodule: Any = instantiate(
+        "data", {"_target_": "mnist_lit.data.MNISTDataModule", **(data or {})}, L.LightningDataModule
+    )
     datamodule.prepare_data()
-    datamodule.setup()
-    images, labels = scale(datamodule.test_images), datamodule.test_labels
+    datamodule.setup("test")
+    images, labels = (torch.cat(each) for each in zip(*datamodule.test_dataloader(), strict=True))
+    name = facts_of(datamodule)["name"]
     with torch.inference_mode():
-        expected = torch.cat([model(batch) for batch in images.split(500)])
-    reason = why_not_to_test(model.trained_on, datamodule.facts["name"])
+        try:
+            expected = torch.cat([model(batch) for batch in images.split(500)])
+        except Exception as error:
+            where = f"images [N, {', '.join(map(str, images.shape[1:]))}] of {name}"
+            raise UserError(
+                f"{model.path} is a model for other data: its network takes no {where} ({one_line(error)})"
+            ) from error
+    reason = why_not_to_test(model.trained_on, name)
     metadata = {
         "version": f"mnist_lit {__version__}",
         "network": json.dumps(model.description),
         "trained_on": json.dumps(model.trained_on),
-        "tested_on": "" if reason else datamodule.facts["name"],
+        "tested_on": "" if reason else name,
         "test_accuracy": "" if reason else f"{(expected.argmax(1) == labels).double().mean():.4f}",
     }
     with atomic_path(path) as temporary:
-        _require_same_predictions(write(model, temporary, metadata), images, expected)
+        _require_same_predictions(write(model, images[:2], temporary, metadata), images, expected)
     print(f"{output}: written; its predictions for {len(images):,} test images match those of {model.path}")
     if reason:
         print(f"test accuracy not measured: {reason}", file=sys.stderr)
     return metadata
 
 
-def _write_onnx(model: "TrainedModel", path: Path, metadata: dict[str, str]) -> "Model":
+def _write_onnx(model: "TrainedModel", images: "Tensor", path: Path, metadata: dict[str, str]) -> "Model":
     import onnxruntime
     import torch
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     names: dict[str, Any] = {"input_names": ["image"], "output_names": ["probabilities"], "verbose": False}
-    program: Any = torch.onnx.export(_program(model), **names, dynamic_shapes={"images": {0: "N"}})
+    program: Any = torch.onnx.export(_program(model, images), **names, dynamic_shapes={"images": {0: "N"}})
     if domains := {node.domain for node in program.model.graph} - {""}:
         raise UserError(f"the network needs non-standard ONNX operators, from {', '.join(domains)}")
     program.model.metadata_props.update(metadata)
@@ -100,22 +112,22 @@ def _write_onnx(model: "TrainedModel", path: Path, metadata: dict[str, str]) -> 
     return lambda images: torch.from_numpy(session.run(["probabilities"], {"image": images.numpy()})[0])
 
 
-def _write_pt2(model: "TrainedModel", path: Path, metadata: dict[str, str]) -> "Model":
+def _write_pt2(model: "TrainedModel", images: "Tensor", path: Path, metadata: dict[str, str]) -> "Model":
     import torch
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No complete tensor found")  # about weights that share memory
-        torch.export.save(_program(model), path, extra_files={"mnist_lit.json": json.dumps(metadata)})
+        torch.export.save(_program(model, images), path, extra_files={"mnist_lit.json": json.dumps(metadata)})
     return torch.export.load(path).module()
 
 
-def _program(model: "TrainedModel") -> Any:
+def _program(model: "TrainedModel", images: "Tensor") -> Any:
     """The model as a torch.export program with a dynamic batch size and without stack traces, which name local files."""
     import torch
 
     batch = {"images": {0: torch.export.Dim("N")}}
     try:
-        program = torch.export.export(model, (torch.zeros(2, 1, 28, 28),), dynamic_shapes=batch)
+        program = torch.export.export(model, (torch.zeros_like(images),), dynamic_shapes=batch)
     except Exception as error:  # a user-defined network can fail in any way
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the network cannot be exported: {type(error).__name__}: {reason}") from error
@@ -124,7 +136,7 @@ def _program(model: "TrainedModel") -> Any:
     return program
 
 
-def _write_safetensors(model: "TrainedModel", path: Path, metadata: dict[str, str]) -> "Model":
+def _write_safetensors(model: "TrainedModel", images: "Tensor", path: Path, metadata: dict[str, str]) -> "Model":
     from safetensors.torch import load_file, save_file
     from torch import nn
 
@@ -146,18 +158,18 @@ WRITERS: dict[str, tuple[Callable[..., "Model"], tuple[str, ...]]] = {
 
 
 def _require_same_predictions(exported: "Model", images: "Tensor", expected: "Tensor") -> None:
-    """Raise a UserError if a predicted digit differs, or a probability by more than ``TOLERANCE``."""
+    """Raise a UserError if a predicted class differs, or a probability by more than ``TOLERANCE``."""
     import torch
 
     for size in (*BATCH_SIZES, len(images)):
         with torch.inference_mode():
             found = torch.cat([exported(batch) for batch in images[:size].split(500)])
         difference = float((found - expected[:size]).abs().max())
-        digits = int((found.argmax(1) != expected[:size].argmax(1)).sum())
-        if not difference <= TOLERANCE or digits:  # "not <=" also catches NaN
+        others = int((found.argmax(1) != expected[:size].argmax(1)).sum())
+        if not difference <= TOLERANCE or others:  # "not <=" also catches NaN
             raise UserError(
-                f"the exported model differs from the original: of {size:,} test images it predicts another digit for "
-                f"{digits:,}, and its probabilities differ by up to {difference:.2g}, where {TOLERANCE:g} is allowed; "
+                f"the exported model differs from the original: of {size:,} test images it predicts another class for "
+                f"{others:,}, and its probabilities differ by up to {difference:.2g}, where {TOLERANCE:g} is allowed; "
                 "nothing was written"
             )
 

@@ -82,12 +82,28 @@ def test_it_is_evaluated(trained: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text())["trained_on"] == [{"name": "own_data.Patches"}]
 
 
-@pytest.mark.parametrize("verb", ["predict", "export", "serve"])
+@pytest.mark.parametrize("suffix", ["onnx", "pt2", "safetensors"])
+def test_it_is_exported_and_verified_on_its_own_test_images(suffix: str, trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"model.{suffix}"
+    facts = export(path, trained, {"_target_": "own_data.Patches"}, trust=["own_data"])
+    assert facts["tested_on"] == "own_data.Patches"
+    assert float(facts["test_accuracy"]) == pytest.approx(results(trained)["test/acc"], abs=1e-4)
+    if suffix == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(path.read_bytes())
+        assert session.get_inputs()[0].shape == ["N", 3, 32, 32]
+    with pytest.raises(
+        UserError, match=r"is a model for other data: its network takes no images \[N, 1, 28, 28\] of mnist-s"
+    ):
+        export(tmp_path / f"other.{suffix}", trained, {"source": "sample"}, trust=["own_data"])
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("verb", ["predict", "serve"])
 def test_what_has_no_meaning_for_other_images_says_so(verb: str, trained: Path, tmp_path: Path) -> None:
     Image.new("L", (28, 28)).save(tmp_path / "picture.png")
     calls: dict[str, Callable[..., object]] = {
         "predict": partial(predict, str(tmp_path / "picture.png"), output=tmp_path / "p.csv"),
-        "export": partial(export, tmp_path / "model.onnx", data={"source": "sample"}),
         "serve": partial(serve, port=0),
     }
     with pytest.raises(
@@ -105,9 +121,6 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from mnist_lit.cli.config import settings
 from mnist_lit.evaluate import evaluate
-from mnist_lit.export import export
-from mnist_lit.predict import predict
-from mnist_lit.serve import serve
 import own_data
 asked = ["ckpt={trained}", "trust=[own_data]", *own_data.ASKED[::2], "trainer.devices=2", "trainer.strategy=ddp"]
 evaluate({str(tmp_path / "two")!r}, **settings("evaluate", *asked))
