@@ -74,6 +74,31 @@ def launched_processes(trainer: "L.Trainer") -> list[Any]:
     return processes
 
 
+def as_within_epoch(fit_loop: dict[str, Any]) -> None:
+    """Turn the loops of a checkpoint from the end of an epoch that was cut short into those of one from within it.
+
+    Lightning ends such an epoch like any other, and would resume with the next.
+    """
+    for counts in fit_loop["epoch_progress"].values():
+        counts["processed"] -= 1
+
+
+def as_start_of_epoch(fit_loop: dict[str, Any]) -> None:
+    """Turn the loops of a checkpoint from the end of an epoch into those of one from the start of the next.
+
+    With ``max_steps``, Lightning takes the former for an unfinished epoch, and trains on more batches of it.
+    """
+    for counts in fit_loop["epoch_progress"].values():
+        counts["ready"] += 1
+        counts["completed"] = counts["processed"]
+    optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    progress = [fit_loop[f"epoch_loop.{name}_progress"] for name in ("batch", "scheduler")]
+    for each in (*progress, *optimizer.values()):
+        each["current"] = dict.fromkeys(each["current"], 0)
+    fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+    fit_loop["state_dict"]["combined_loader"] = []  # a new epoch's loader starts at its beginning
+
+
 def is_restoring(trainer: "L.Trainer") -> bool:
     """Whether Lightning is between reading a checkpoint to resume from and having restored all of it.
 

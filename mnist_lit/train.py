@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit.cli.launch import launch, loading
-from mnist_lit.reports.results import only_showing, results_of_finished_run, training_results, training_table
+from mnist_lit.reports.results import limits, only_showing, results_of_finished_run, training_results, training_table
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import facts_of
 
@@ -46,7 +46,7 @@ def train(
         Interrupted: A signal arrived; the last checkpoint has the state.
     """
     folder = Path(folder)
-    if resume and (finished := results_of_finished_run(folder, trainer.get("max_epochs"))):
+    if resume and (finished := results_of_finished_run(folder, trainer)):
         log.info("%s is finished:\n\n%s", runs.display_path(folder), training_table(finished, folder))
         return finished
     # Imported here because they take ten seconds, for which --help and a mistyped key should not have to wait.
@@ -89,7 +89,7 @@ def train(
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
         (test,) = lightning_trainer.test(classifier, datamodule, ckpt_path=checkpoints.best_path, verbose=False)
         results = {**test, **training_results(recorder, checkpoints), "seed": seed}
-        results |= {"max_epochs": trainer.get("max_epochs"), **harness.conditions(lightning_trainer, datamodule)}
+        results |= {**limits(trainer), **harness.conditions(lightning_trainer, datamodule)}
         results |= scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes"))
         if is_first:
             runs.write_json(folder / "metrics.json", results)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from conftest import Command
@@ -350,3 +351,60 @@ def test_28_what_may_change_on_resume_is_checked_like_that_of_a_new_run(
         done = command("resume=run", override, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"train: {sentence}"), done.stderr
         assert "Traceback" not in done.stderr and (folder / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("limits", "overrides"),
+    [
+        ((5, 8), []),  # within an epoch of three steps
+        ((6, 7, 9), []),  # at its end, then within it
+        ((5, 7), ["data.val_size=40", "scheduler=step", "scheduler.step_size=1"]),
+        ((4, 6), ["data.val_size=40", "trainer.val_check_interval=2", "metrics=f1", "optimizer=adam"]),
+    ],
+)
+def test_a_run_of_so_many_steps_goes_on_with_more(
+    limits: tuple[int, ...], overrides: list[str], tmp_path: Path
+) -> None:
+    def asked(steps: int) -> dict[str, Any]:
+        return small("trainer.max_epochs=-1", f"trainer.max_steps={steps}", "model=mlp", *overrides)
+
+    train(tmp_path / "whole", **asked(limits[-1]))
+    train(tmp_path / "run", **asked(limits[0]))
+    before = results(tmp_path / "run")
+    assert resumed(tmp_path / "run", asked(limits[0])) == before  # finished, so nothing is done
+    for steps in limits[1:]:
+        run = find(str(tmp_path / "run"))
+        resumed(run.folder, continued(run, asked(steps), {"trainer.max_steps"}))
+    assert_same(final(tmp_path / "run"), final(tmp_path / "whole"))
+    with pytest.raises(UserError, match=rf"max_steps={limits[-1]}: it can only be increased"):
+        continued(find(str(tmp_path / "run")), asked(3), {"trainer.max_steps"})
+
+
+def test_killed_after_its_last_step_it_has_the_same_results(tmp_path: Path) -> None:
+    values = small("trainer.max_epochs=-1", "trainer.max_steps=5", "model=mlp")
+    train(tmp_path, **values)
+    whole = final(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    resumed(tmp_path, values)
+    assert_same(final(tmp_path), whole)
+
+
+def test_a_run_that_its_time_has_stopped_goes_on_with_more(tmp_path: Path) -> None:
+    def asked(time: str) -> dict[str, Any]:
+        return small("trainer.max_epochs=2", f"trainer.max_time={time}", "model=mlp", "trainer.limit_train_batches=15")
+
+    train(tmp_path / "whole", **asked("00:01:00:00"))
+    values = asked("00:00:00:01")
+    values["trainer"]["callbacks"] = [{"_target_": f"{__name__}.Slow"}]  # more than a second in each epoch
+    train(tmp_path / "run", **values)
+    assert 0 < (stopped := torch.load(tmp_path / "run" / runs.LAST, weights_only=True)["global_step"]) < 30, stopped
+    run = find(str(tmp_path / "run"))
+    resumed(run.folder, continued(run, asked("00:01:00:00"), {"trainer.max_time"}))
+    assert_same(final(tmp_path / "run"), final(tmp_path / "whole"))
+    with pytest.raises(UserError, match="max_time=00:01:00:00: it can only be increased"):
+        continued(find(str(tmp_path / "run")), asked("00:00:59:59"), {"trainer.max_time"})
+
+
+class Slow(L.Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(0.1)

@@ -1,6 +1,7 @@
 """``resume=``: finds the run and checkpoint to resume from, and merges allowed overrides into its configuration."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten
-from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, CLASSES, MAY_CHANGE, is_one_of
+from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, CLASSES, LIMITS, MAY_CHANGE, is_one_of
 from mnist_lit.storage import runs
 from mnist_lit.storage.checkpoint_file import corruption, with_current_names
 from mnist_lit.storage.tables import one_line
@@ -68,6 +69,16 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
     return Run(folder, there[0] if there else folder, config)
 
 
+def _amount(limit: Any) -> float:
+    """A limit as a number, for comparison; NaN if it is none, which Lightning refuses."""
+    if limit in (-1, None):
+        return math.inf
+    if isinstance(limit, str) and re.fullmatch(r"\d+(:\d+){3}", limit):
+        days, hours, minutes, seconds = map(int, limit.split(":"))
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return limit if isinstance(limit, int) else math.nan
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The content of a run's ``config.yaml``, with today's keys.
 
@@ -101,17 +112,16 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     """
     own, new = flatten(run.config), flatten(asked)
     different = sorted(key for key in typed if own.get(key) != new.get(key))
-    epochs = "trainer.max_epochs"
-    other = [key for key in different if not is_one_of(key, MAY_CHANGE) and key != epochs]
+    raised = [key for key in LIMITS if key in different]
+    other = [key for key in different if not is_one_of(key, MAY_CHANGE) and key not in raised]
     if other:
         differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)
         raise UserError(f"{run.folder} is another run: {differences}; remove these overrides to resume it")
-    if epochs in different:
-        before, after = (math.inf if each.get(epochs) in (-1, None) else each[epochs] for each in (own, new))
-        if isinstance(after, int) and after < before:  # Lightning refuses what is no number
-            raise UserError(f"{run.folder} has max_epochs={own.get(epochs)}: it can only be increased")
-        if open_length := next((key for key in AS_LONG_AS_THE_RUN if own.get(key, "") is None), None):
-            raise UserError(f"{run.folder} has {open_length}=null: its schedule ends with the run, which stays as long")
+    for key in raised:
+        if _amount(new.get(key)) < _amount(own.get(key)):
+            raise UserError(f"{run.folder} has {key.partition('.')[2]}={own.get(key)}: it can only be increased")
+    if raised and (open_length := next((key for key in AS_LONG_AS_THE_RUN if own.get(key, "") is None), None)):
+        raise UserError(f"{run.folder} has {open_length}=null: its schedule ends with the run, which stays as long")
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
     for key in different:
         section, _, name = key.partition(".")

@@ -31,13 +31,19 @@ def training_results(recorder: Any, checkpoints: Any) -> dict[str, Any]:
     }
 
 
-def results_of_finished_run(folder: Path, max_epochs: int | None) -> dict[str, Any] | None:
-    """The content of ``metrics.json``, if the run is finished and no more epochs are asked for."""
+def limits(trainer: dict[str, Any]) -> dict[str, Any]:
+    """What ends a run, of the section ``trainer``."""
+    return {key: trainer.get(key) for key in ("max_epochs", "max_steps", "max_time")}
+
+
+def results_of_finished_run(folder: Path, trainer: dict[str, Any]) -> dict[str, Any] | None:
+    """The content of ``metrics.json``, if the run is finished and no more is asked for than it had as limits."""
     try:
         results: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return results if results["max_epochs"] == max_epochs else None
+    same = all(results.get(key, value) == value for key, value in limits(trainer).items())
+    return results if same else None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mnist_lit import Interrupted, UserError, compat
@@ -140,19 +140,17 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         asked, epochs = self._stop_requested(trainer), trainer.current_epoch + 1
-        self._stopped_early = trainer.should_stop and _can_stop_early(trainer, epochs)
-        finished = self._stopped_early or epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        # With max_steps, Lightning cannot resume from the end of an epoch, only from within one.
-        resumable = finished or trainer.max_steps == -1
-        if finished or (resumable and (asked or epochs % self.every_n_epochs == 0)):
+        self._stopped_early = trainer.should_stop and _can_stop_early(trainer, epochs) and not _is_time_up(trainer)
+        finished = trainer.should_stop or epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if finished or asked or epochs % self.every_n_epochs == 0:
             self._epoch_ends = True
             self._save_last(trainer)
             self._epoch_ends = False
-        if asked and resumable:
+        if asked:
             self._stop(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = self._stopped_early  # do not train on a run that had stopped early
+        trainer.should_stop |= self._stopped_early  # do not train on a run that had stopped early
 
     # How to save
 
@@ -187,6 +185,10 @@ class Checkpoints(Checkpoint):
         checkpoint["machine"] = _environment(trainer)
         if self._epoch_ends:
             _step_plateaus(trainer, checkpoint)
+            if not trainer.is_last_batch:  # max_steps, max_time or a callback has cut the epoch short
+                compat.as_within_epoch(checkpoint["loops"]["fit_loop"])
+            elif trainer.max_steps != -1:
+                compat.as_start_of_epoch(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -247,6 +249,12 @@ def _is_end_of_epoch(trainer: L.Trainer) -> bool:
     reached_max_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     stopped = trainer.should_stop and _can_stop_early(trainer, trainer.current_epoch)
     return trainer.is_last_batch or reached_max_steps or stopped
+
+
+def _is_time_up(trainer: L.Trainer) -> bool:
+    """Whether ``max_time`` has stopped the run, which a larger one lets go on."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(each, Timer) and (each.time_remaining() or 0) <= 0 for each in callbacks)
 
 
 def _can_stop_early(trainer: L.Trainer, epochs: int) -> bool:

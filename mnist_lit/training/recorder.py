@@ -75,6 +75,8 @@ class RunRecorder(L.Callback):
         if self.validations and self.validations[-1]["epoch"] == epoch:
             row |= self.validations[-1]
         row["epoch_seconds"] = self._seconds
+        if self.history and self.history[-1]["epoch"] == epoch:  # cut short by a limit that has been raised since
+            self.history.pop()
         self.history.append(row)
         if trainer.is_global_zero:
             parts = [f"{key} {value:.4f}" for key, value in row.items() if "/" in key]
@@ -99,7 +101,7 @@ class RunRecorder(L.Callback):
         atomic_write(self.path, to_csv(columns, [{**row, **data} for row in self.history]))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        mid_epoch = not self.history or self.history[-1]["epoch"] <= trainer.current_epoch
+        mid_epoch = not self.history or self.history[-1]["epoch"] <= trainer.current_epoch or not trainer.is_last_batch
         checkpoint["recorded"] = {
             "history": self.history,
             "validations": self.validations,
