@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mnist_lit.model import MNISTClassifier
 from mnist_lit.schedulers import LENGTHS
 from mnist_lit.storage import runs
 from mnist_lit.train import train
-from mnist_lit.training.harness import build_augmentation
+from mnist_lit.training.harness import build_augmentation, build_trainer
 
 CALLBACKS = sorted(path.stem for path in (ROOT / "conf" / "callbacks").glob("*.yaml"))
 
@@ -246,6 +247,14 @@ def test_the_best_epoch_is_that_of_the_metric_that_is_monitored(mode: str, tmp_p
     assert losses.index(min(losses)) != losses.index(max(losses))
 
 
+def test_more_processes_than_cores_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cores = os.cpu_count() or 1
+    arguments = {**settings("train")["trainer"], "accelerator": "cpu", "devices": cores + 1, "strategy": "ddp"}
+    trainer = build_trainer(tmp_path, arguments, None, [], MNISTDataModule(source="sample"))
+    assert trainer.world_size == cores + 1
+    assert f"{cores + 1} processes share {cores} CPU cores" in caplog.text
+
+
 def test_graphs_are_for_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs trainer\.accelerator=gpu and a CUDA device, not cpu"):
         train(tmp_path, **small("callbacks=cuda_graphs"))
@@ -290,6 +299,10 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         ),
         (["scheduler._target_=torch.optim.SGD", "scheduler=step"], "not a subclass of torch.optim.lr_scheduler"),
         (["callbacks=ema", "callbacks.ema.decay=much"], r"callbacks\.ema\.decay=much"),
+        (
+            ["trainer.strategy=ddp_spawn"],
+            "strategy=ddp_spawn: its processes cannot hand back what this project records",
+        ),
         (["metrics=f1", "metrics.f1.average=most"], r"metrics\.f1.*average"),
         (["metrics=auroc", "metrics.auroc.thresholds=null"], r"metrics\.auroc: it would keep every prediction"),
         (["+metrics.acc={_target_: torchmetrics.MeanMetric}"], r"metrics\.acc: acc is measured anyway"),

@@ -65,6 +65,11 @@ def build_trainer(
     Raises:
         UserError: Lightning rejects an argument, or this machine lacks the device or a package.
     """
+    if str(arguments.get("strategy")).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise UserError(
+            f"trainer.strategy={arguments['strategy']}: its processes cannot hand back what this project records; use "
+            "ddp, from a command line"
+        )
     tidy_messages()
     shows_bar = arguments.get("enable_progress_bar", True) and sys.stdout.isatty()
     no_validation = {"limit_val_batches": 0, "val_check_interval": None, "check_val_every_n_epoch": 1}
@@ -101,7 +106,7 @@ def build_trainer(
         ) from error
     cores = os.cpu_count() or 1
     if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
-        raise UserError(f"trainer.devices={arguments['devices']}: this machine has only {cores} CPU cores")
+        log.warning("%d processes share %d CPU cores: more of them make it slower", trainer.num_devices, cores)
     return trainer
 
 
