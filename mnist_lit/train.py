@@ -63,7 +63,8 @@ def train(
         from mnist_lit.training.recorder import RunRecorder
 
     harness.keep_freed_memory()
-    torch.set_float32_matmul_precision(float32_matmul_precision or "highest")
+    if float32_matmul_precision:
+        torch.set_float32_matmul_precision(float32_matmul_precision)
     L.seed_everything(seed, verbose=False)
     classifier = MNISTClassifier(
         model, optimizer, scheduler, harness.build_augmentation(augment), harness.build_metrics(metrics)

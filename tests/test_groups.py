@@ -237,6 +237,19 @@ def validations(folder: Path) -> list[dict[str, float]]:
     return found
 
 
+class LogsAnother(L.Callback):
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("val/place", float(trainer.current_epoch == 0))
+
+
+def test_the_best_epoch_by_what_a_callback_logs(tmp_path: Path) -> None:
+    values = small("model=mlp", "data.val_size=100", "checkpoint.monitor=val/place")
+    values["callbacks"] = {"mine": {"_target_": f"{__name__}.LogsAnother"}}
+    found = train(tmp_path, **values)
+    assert found["tested_weights"] == "best (epoch 1)" and found["val/place"] == 1.0
+    assert ",val/place," in (tmp_path / "metrics.csv").read_text()  # where a search looks for it
+
+
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_the_best_epoch_is_that_of_the_metric_that_is_monitored(mode: str, tmp_path: Path) -> None:
     wild = ["model=mlp", "optimizer=sgd", "optimizer.lr=20", "data.val_size=100", "trainer.max_epochs=4"]

@@ -254,7 +254,8 @@ def _is_end_of_epoch(trainer: L.Trainer) -> bool:
 def _is_time_up(trainer: L.Trainer) -> bool:
     """Whether ``max_time`` has stopped the run, which a larger one lets go on."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(each, Timer) and (each.time_remaining() or 0) <= 0 for each in callbacks)
+    timers = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
+    return any(remaining is not None and remaining <= 0 for remaining in timers)
 
 
 def _can_stop_early(trainer: L.Trainer, epochs: int) -> bool:

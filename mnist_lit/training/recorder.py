@@ -61,10 +61,9 @@ class RunRecorder(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            keys = [f"val/{name}" for name in pl_module.stage_metrics("val")]
-            metrics = {key: float(trainer.callback_metrics[key]) for key in keys}
+            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
             self.validations.append({"epoch": trainer.current_epoch + 1, **metrics})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -97,7 +96,8 @@ class RunRecorder(L.Callback):
         facts = facts_of(trainer.datamodule)  # type: ignore[attr-defined]
         data = {"data": facts["name"], "data_sha256": facts.get("sha256", "")}
         metrics = [f"{stage}/{name}" for stage in ("train", "val") for name in pl_module.stage_metrics(stage)]
-        columns = ["epoch", *metrics, "epoch_seconds", *data]
+        others = [key for row in self.history for key in row if key.startswith("val/")]  # what callbacks have logged
+        columns = [*dict.fromkeys(["epoch", *metrics, *others]), "epoch_seconds", *data]
         atomic_write(self.path, to_csv(columns, [{**row, **data} for row in self.history]))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
