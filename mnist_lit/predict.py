@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -46,7 +46,8 @@ def predict(
     Returns:
         A row per image, in the order of ``images``, with the keys ``COLUMNS``: the file, the predicted digit, its
         probability, the probabilities of all ten digits (``p0`` to ``p9``) and ``error``. If the image cannot be read,
-        ``error`` says why and the others are None; otherwise ``error`` is None.
+        ``error`` says why and the others are None; otherwise ``error`` is None. If the model's classes are no digits,
+        ``digit`` is the number of the class and ``name`` its name.
 
     Raises:
         UserError: No image is found, an output cannot be written, or the checkpoint cannot be loaded.
@@ -77,7 +78,10 @@ def predict(
                 with torch.inference_mode():
                     inputs = torch.from_numpy(np.stack(pixels)).unsqueeze(1) / 255
                     probabilities = iter(model(inputs).tolist())
-            rows += [_row(path, None if each is None else next(probabilities), error) for path, each, error in batch]
+            rows += [
+                _row(path, None if each is None else next(probabilities), error, model.names)
+                for path, each, error in batch
+            ]
             thumbnails += [each for _, each, _ in batch] if contact_sheet and len(thumbnails) < MAX_IMAGES else []
             bar.update(len(batch))
     if contact_sheet:
@@ -85,7 +89,8 @@ def predict(
     rows += [_row(path, None, error) for path, error in found if error]
     if output:
         is_csv = Path(output).suffix.lower() == ".csv"
-        atomic_write(Path(output), to_csv(COLUMNS, rows) if is_csv else (json.dumps(rows, indent=1) + "\n").encode())
+        columns = [*COLUMNS[:2], "name", *COLUMNS[2:]] if any("name" in row for row in rows) else COLUMNS
+        atomic_write(Path(output), to_csv(columns, rows) if is_csv else (json.dumps(rows, indent=1) + "\n").encode())
     return rows
 
 
@@ -154,12 +159,15 @@ def _load_batch(paths: list[str], preprocess: str) -> list[LoadedImage]:
     return loaded
 
 
-def _row(path: str, probabilities: list[float] | None, error: str) -> dict[str, Any]:
+def _row(
+    path: str, probabilities: list[float] | None, error: str, names: Sequence[str] | None = None
+) -> dict[str, Any]:
     if probabilities is None:
         return {**dict.fromkeys(COLUMNS), "file": path, "error": error}
     digit = max(range(10), key=probabilities.__getitem__)
     rounded = {f"p{i}": round(probability, 6) for i, probability in enumerate(probabilities)}
-    return {"file": path, "digit": digit, "probability": rounded[f"p{digit}"], **rounded, "error": None}
+    name = {"name": names[digit]} if names else {}
+    return {"file": path, "digit": digit, **name, "probability": rounded[f"p{digit}"], **rounded, "error": None}
 
 
 def _command(**values: Any) -> None:
@@ -171,7 +179,7 @@ def _command(**values: Any) -> None:
     else:
         for row in rows:
             if not row["error"]:
-                print(f"{row['file']}: {row['digit']} ({row['probability']:.2%})")
+                print(f"{row['file']}: {row.get('name', row['digit'])} ({row['probability']:.2%})")
     for row in failed[:20]:
         print(f"{row['file']}: {row['error']}", file=sys.stderr)
     if failed:

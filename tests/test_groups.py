@@ -19,7 +19,7 @@ from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN
 from mnist_lit.cli.resume import Run, continued, find
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.evaluate import evaluate
-from mnist_lit.inference.trained import load
+from mnist_lit.inference.trained import load, load_for_pictures
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.schedulers import LENGTHS
 from mnist_lit.storage import runs
@@ -266,6 +266,16 @@ def test_more_processes_than_cores_are_a_warning(tmp_path: Path, caplog: pytest.
     trainer = build_trainer(tmp_path, arguments, None, [], MNISTDataModule(source="sample"))
     assert trainer.world_size == cores + 1
     assert f"{cores + 1} processes share {cores} CPU cores" in caplog.text
+
+
+def test_a_network_for_five_classes_reads_no_digits(tmp_path: Path) -> None:
+    values = small("model=mlp", "trainer.max_epochs=1", "trainer.limit_test_batches=1")
+    classifier = MNISTClassifier({**values["model"], "classes": 5})
+    trainer = L.Trainer(max_steps=0, logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    trainer.strategy.connect(classifier)
+    trainer.save_checkpoint(tmp_path / "five.ckpt", weights_only=True)
+    with pytest.raises(UserError, match=r"model for data of another kind \(.*5 classes instead of ten"):
+        load_for_pictures(tmp_path / "five.ckpt")
 
 
 def test_graphs_are_for_a_gpu(tmp_path: Path) -> None:

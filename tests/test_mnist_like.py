@@ -15,10 +15,14 @@ import pytest
 import torch
 import torchvision.datasets
 from helpers import assert_same, results
+from PIL import Image
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import settings
+from mnist_lit.inference import web
+from mnist_lit.inference.trained import load
 from mnist_lit.mnist_like import MNISTLikeDataModule
+from mnist_lit.predict import predict
 from mnist_lit.storage import runs
 from mnist_lit.train import train
 
@@ -78,6 +82,14 @@ def test_it_is_downloaded_and_trained_on_and_its_classes_are_named(group: str, m
     assert [row["name"] for row in found["test/digits"]] == names
     assert torch.load(tmp_path / "run" / runs.LAST, weights_only=True)["data"][0]["classes"] == names
     assert names[2] in (tmp_path / "run" / "report.html").read_text()
+
+    picture = Image.new("L", (28, 28))
+    picture.paste(255, (12, 4, 16, 24))
+    picture.save(tmp_path / "picture.png")
+    (row,) = predict(tmp_path / "picture.png", tmp_path / "run", tmp_path / "p.csv", preprocess="none")
+    assert row["name"] == names[row["digit"]] and row["name"] in (tmp_path / "p.csv").read_text()
+    answer = web._Predictor(load(tmp_path / "run"))._predict((tmp_path / "picture.png").read_bytes())
+    assert answer["name"] == names[answer["digit"]]
 
 
 def test_a_changed_file_is_not_taken_from_the_mirror(mirror: Path, tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ class TrainedModel(nn.Module):
         self.network, self.path, self.description, self.trained_on = network, path, description, trained_on
         self.eval().requires_grad_(False)
 
+    @property
+    def names(self) -> list[str] | None:
+        """The names of the ten classes, if the data that the weights have been trained on last have any."""
+        found = self.trained_on[-1].get("classes") if self.trained_on else None
+        if not isinstance(found, list) or len(found) != 10:
+            return None
+        return [one_line(name, 40) for name in found]
+
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities [N, 10] for images [N, 1, 28, 28] with values from 0 to 1."""
         return self.network(images).softmax(dim=1)
@@ -71,15 +79,17 @@ def load_for_pictures(ckpt: str | Path, trust: Iterable[str] = ()) -> TrainedMod
     """``load`` a model for grey pictures of 28x28 pixels, which is what this project makes of any picture.
 
     Raises:
-        UserError: As ``load``, or the network is for images of another kind.
+        UserError: As ``load``, or the network is for images of another kind, or not for ten classes.
     """
     model = load(ckpt, trust)
     try:
         with torch.inference_mode():
-            model(torch.zeros(1, 1, 28, 28))
+            classes = model(torch.zeros(1, 1, 28, 28)).shape[1]
     except Exception as error:
         reason = f"its network takes no images [N, 1, 28, 28]: {one_line(error)}"
         raise UserError(f"{model.path} is a model for data of another kind ({reason})") from error
+    if classes != 10:
+        raise UserError(f"{model.path} is a model for data of another kind ({classes} classes instead of ten)")
     return model
 
 

@@ -61,7 +61,7 @@ def application(model: TrainedModel, hosts: tuple[str, ...] = ()) -> ASGIApp:
 
 class _Predictor:
     def __init__(self, model: TrainedModel) -> None:
-        self.model, self.in_progress = model, 0
+        self.model, self.names, self.in_progress = model, model.names, 0
         self.threads = anyio.CapacityLimiter(os.cpu_count() or 1)
         for format in ("PNG", "JPEG"):  # warm up: the first predictions are slower
             file = io.BytesIO()
@@ -71,6 +71,7 @@ class _Predictor:
     async def predict(self, request: Request) -> Response:
         """Respond with ``{"digit": 7, "probabilities": [10 numbers]}`` to the image, or the 784 pixels, in the body.
 
+        If the model's classes are no digits, ``name`` is that of the class.
         With ``?pixels=true`` the response also has ``pixels``, the 784 numbers from 0 to 1 that the network received.
         """
         if request.method != "POST":
@@ -92,8 +93,10 @@ class _Predictor:
         image = _from_json(body) if body.lstrip()[:1] in (b"{", b"[") else _from_file(body)
         with torch.inference_mode():
             probabilities = self.model(torch.from_numpy(image)[None, None])[0]
+        digit = int(probabilities.argmax())
         return {
-            "digit": int(probabilities.argmax()),
+            "digit": digit,
+            **({"name": self.names[digit]} if self.names else {}),
             "probabilities": probabilities.tolist(),
             "pixels": image.round(3).reshape(-1).tolist(),
         }

@@ -172,7 +172,7 @@ function show(result) {
     image.data.set([grey, grey, grey, 255], 4 * i);
   }
   seen.putImageData(image, 0, 0);
-  answer.textContent = result ? `This is a ${result.digit} (${percent(result.probabilities[result.digit])})` : "Nothing drawn yet";
+  answer.textContent = result ? `${result.name ? `This is: ${result.name}` : `This is a ${result.digit}`} (${percent(result.probabilities[result.digit])})` : "Nothing drawn yet";
 }
 
 function percent(probability) {
