@@ -89,7 +89,7 @@ def write_report(
 
 
 def _draw_curve(axes: Axes, key: str, history: list[dict[str, Any]], results: dict[str, Any]) -> None:
-    for stage, label, marker in (("train", "train (with dropout)", "o"), ("val", "validation", "s")):
+    for stage, label, marker in (("train", "train (during the epoch)", "o"), ("val", "validation", "s")):
         points = [(row["epoch"], row[f"{stage}/{key}"]) for row in history if f"{stage}/{key}" in row]
         if points:
             axes.plot(*zip(*points, strict=True), marker=marker, ms=4, label=label)
