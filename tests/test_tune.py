@@ -119,14 +119,18 @@ def test_25_a_worker_that_is_killed_costs_no_trial_and_the_total_is_honoured(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, tune: Any, started: Any
 ) -> None:
     storage = sqlite(tmp_path) if kind == "sqlite" else request.getfixturevalue("postgresql")
-    arguments = [f"storage={storage}", "n_trials=4", "sampler=random", "pruner=none", *SMALL]
+    arguments = [f"storage={storage}", "n_trials=4", "sampler=random", "pruner=none", *SMALL, *LONG]
     first, second = started(*arguments, cwd=tmp_path), started(*arguments, cwd=tmp_path)
     deadline = time.monotonic() + 60
-    # Both train, so all values are drawn: a trial that is lost between two draws is run again with those it had.
-    while len(list((tmp_path / "outputs" / "tune" / "trials").glob("*/config.yaml"))) < 2:
+    study, drawn = None, [0]
+    # Two at the same time, with all values: a trial that is lost between two draws is run again with those it had.
+    while sorted(drawn) != [3, 3]:
         assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
         time.sleep(0.1)
-    study = opened(storage)
+        if (tmp_path / "outputs" / "tune" / "trials").exists():
+            study = study or opened(storage)
+            drawn = [len(trial.params) for trial in study.get_trials() if trial.state.name == "RUNNING"]
+    assert study
     first.send_signal(signal.SIGKILL)
     first.wait()
     killed = time.monotonic()
@@ -142,7 +146,7 @@ def test_25_a_worker_that_is_killed_costs_no_trial_and_the_total_is_honoured(
     (again,) = [trial for trial in trials if trial.system_attrs.get("failed_trial") == lost.number]
     assert again.params == lost.params and again.state.name == "COMPLETE"
 
-    more = tune(f"storage={storage}", "n_trials=5", "sampler=random", "pruner=none", *SMALL, cwd=tmp_path)
+    more = tune(*arguments[:1], "n_trials=5", *arguments[2:], cwd=tmp_path)
     assert more.returncode == 0 and sum(map(counts, study.get_trials())) == 5, more.stderr
 
 
