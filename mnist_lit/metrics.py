@@ -1,6 +1,5 @@
 """``StageMetrics``: the mean loss and the accuracy of an epoch, and what else is asked for."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ class StageMetrics(nn.ModuleDict):
         # passed to update(), too, hence one value per image.
         loss = MeanMetric(nan_strategy="disable")
         acc = MulticlassAccuracy(10, average="micro", validate_args=False)
-        super().__init__({"loss": loss, "acc": acc, **copy.deepcopy(dict(others or {}))})
+        super().__init__({"loss": loss, "acc": acc, **{name: other.clone() for name, other in (others or {}).items()}})
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss, logits [B, classes], and labels [B]."""

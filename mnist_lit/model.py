@@ -58,7 +58,7 @@ class MNISTClassifier(L.LightningModule):
         model = with_current_names(TUTORIAL_MODEL if model is None else model)
         optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
         compiles = model.pop("compile", False)  # how it runs, and nothing that a checkpoint has to say
-        self.save_hyperparameters(ignore=("compiles", "augment", "metrics"))
+        self.save_hyperparameters(ignore=("augment", "metrics"))
         self.network = build("model", model, nn.Module)
         if compiles:
             self.network.compile()

@@ -1,5 +1,6 @@
 """The loggers whose packages are not among this project's: each keeps a run here, without its service."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, small
 
 import mnist_lit
+from mnist_lit import UserError
+from mnist_lit.train import train
 
 KEPT = ("optimizer", "max_epochs", "batch_size", "versions", mnist_lit.__version__, "train/acc")
 
@@ -75,6 +78,16 @@ def test_a_logger_keeps_the_whole_configuration_and_the_metrics(name: str, tmp_p
     assert done.returncode == 0, done.stderr
     found = kept(tmp_path)
     assert not [each for each in KEPT if each not in found]
+
+
+@pytest.mark.parametrize(("name", "package"), [("aim", "aim"), ("comet", "comet_ml")])
+def test_a_package_that_is_missing_is_named(name: str, package: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(
+        UserError, match=rf"logger={name} needs a package that is not installed: pip install {package}$"
+    ):
+        train(tmp_path, **small(f"logger={name}"))
 
 
 def test_every_logger_has_been_tried() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, assert_same, differences, small
+from helpers import OFF, ROOT, assert_same, differences, small
 
 from mnist_lit import UserError
 from mnist_lit.train import train
@@ -48,7 +48,7 @@ def test_config_yaml_has_every_value_and_the_data(finished_run: Path) -> None:
     text = (finished_run / "config.yaml").read_text()
     assert yaml.safe_load(text) | {"resume": None} == {
         **small(),
-        **dict.fromkeys(("logger", "scheduler", "augment", "metrics", "callbacks")),
+        **dict.fromkeys(OFF),
     }
     assert text.startswith("# data: mnist-sample, sha256 ")
 

@@ -54,10 +54,10 @@ def test_it_trains_with_every_part_of_its_own(trained: Path) -> None:
     assert "stripes.parts.Net" in lines and "'val/confidence'" in lines and "'test/acc'" in lines
 
 
-def test_killed_it_goes_on_exactly(trained: Path, project: Path) -> None:
+def test_killed_it_goes_on_exactly(project: Path, command: Command) -> None:
     asked = [*TRAIN[1:], CPU, "trainer.max_epochs=12"]
     killed, whole = project / "outputs" / "killed", project / "outputs" / "whole"
-    process = Command().start(*asked, "hydra.run.dir=outputs/killed", cwd=project, module=TRAIN[0])
+    process = command.start(*asked, "hydra.run.dir=outputs/killed", cwd=project, module=TRAIN[0])
     deadline = time.monotonic() + 60
     while not (killed / "checkpoints" / "last.ckpt").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -86,7 +86,7 @@ def test_a_sweep_and_a_search(project: Path) -> None:
     assert "2 trials completed" in said and "val/confidence" in said
 
 
-def test_its_keys_are_shown_and_mistakes_are_named(project: Path) -> None:
+def test_its_keys_are_shown_and_mistakes_are_named(project: Path, command: Command) -> None:
     assert "_target_: stripes.parts.Net" in run([TRAIN[0], "--config-dir", "conf", "model=net", "--help"], project)
-    done = Command()("--config-dir", "conf", "experiment=stripes", "model.chanels=3", cwd=project)
+    done = command("--config-dir", "conf", "experiment=stripes", "model.chanels=3", cwd=project)
     assert done.returncode == 1 and "did you mean model.channels?" in done.stderr

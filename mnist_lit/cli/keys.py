@@ -15,8 +15,6 @@ MAY_CHANGE = (
     *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
     *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
 )
-# They end a run, and may be raised to let it go on.
-LIMITS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 # Null stands for the length of the whole run, which then cannot change: ``schedulers.LENGTHS``, whose module needs torch.
 AS_LONG_AS_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
 # Sections whose keys are the arguments of one class: naming another on the command line drops those of the file.

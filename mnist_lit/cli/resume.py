@@ -10,7 +10,8 @@ import yaml
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten
-from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, CLASSES, LIMITS, MAY_CHANGE, is_one_of
+from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, CLASSES, MAY_CHANGE, is_one_of
+from mnist_lit.reports.results import LIMITS
 from mnist_lit.storage import runs
 from mnist_lit.storage.checkpoint_file import corruption, with_current_names
 from mnist_lit.storage.tables import one_line
@@ -112,7 +113,7 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     """
     own, new = flatten(run.config), flatten(asked)
     different = sorted(key for key in typed if own.get(key) != new.get(key))
-    raised = [key for key in LIMITS if key in different]
+    raised = [key for key in different if key.removeprefix("trainer.") in LIMITS]
     other = [key for key in different if not is_one_of(key, MAY_CHANGE) and key not in raised]
     if other:
         differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)

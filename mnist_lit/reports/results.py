@@ -31,9 +31,12 @@ def training_results(recorder: Any, checkpoints: Any) -> dict[str, Any]:
     }
 
 
+LIMITS = ("max_epochs", "max_steps", "max_time")  # they end a run, and may be raised to let it go on
+
+
 def limits(trainer: dict[str, Any]) -> dict[str, Any]:
     """What ends a run, of the section ``trainer``."""
-    return {key: trainer.get(key) for key in ("max_epochs", "max_steps", "max_time")}
+    return {key: trainer.get(key) for key in LIMITS}
 
 
 def results_of_finished_run(folder: Path, trainer: dict[str, Any]) -> dict[str, Any] | None:

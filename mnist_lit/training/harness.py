@@ -314,5 +314,5 @@ def _build_named(group: str, name: str, options: dict[str, Any], kind: Any, **de
     except UserError as error:
         if not isinstance(error.__cause__, ModuleNotFoundError):
             raise
-        package = name.partition("_")[0]  # rich_progress needs rich
+        package = "comet_ml" if name == "comet" else name.partition("_")[0]  # rich_progress needs rich
         raise UserError(f"{group}={name} needs a package that is not installed: pip install {package}") from error
