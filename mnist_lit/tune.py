@@ -56,10 +56,10 @@ def tune(
     distributions = search.distributions(space, {**groups, **config}, overrides)
     monitored = {key: str(config[key]) for key in ("checkpoint.monitor", "checkpoint.mode")}
     monitor, mode = monitored.values()
-    opened = search.open_study(storage, study, search.make_pruner(pruner), mode)
+    opened, database = search.open_study(storage, study, search.make_pruner(pruner), mode)
     opened.sampler = search.make_sampler(sampler, sampler_seed, len(opened.trials))
     search.require_same_search(opened, flatten({"space": space}) | json.loads(identity(config, ())) | monitored)
-    search.Search(folder, opened, n_trials, distributions, files, overrides, workers, monitor).run()
+    search.Search(folder, opened, database, n_trials, distributions, files, overrides, workers, monitor).run()
 
     from mnist_lit.sweeps.tune_report import report
 

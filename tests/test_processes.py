@@ -1,4 +1,4 @@
-"""A run in several processes, started by Lightning or by torchrun, on CPUs; the numbers are rows of docs/faults.md."""
+"""A run in several processes, started by Lightning, torchrun or srun, on CPUs; the numbers are rows of docs/faults.md."""
 
 import os
 import re
@@ -42,6 +42,23 @@ MNISTClassifier.training_step = recorded
 train.main()
 """
 
+# The command, whose second process is killed in the second epoch unless it has been started again.
+KILLED_ONCE = """
+import os, signal
+from mnist_lit import train
+from mnist_lit.model import MNISTClassifier
+
+step = MNISTClassifier.training_step
+
+def killed(classifier, batch, batch_idx):
+    if (classifier.global_step, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (13, "1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(classifier, batch, batch_idx)
+
+MNISTClassifier.training_step = killed
+train.main()
+"""
+
 
 def start(
     *arguments: str, cwd: Path, torchrun: list[str] | None = None, log: str = "terminal", threads: int | None = 1
@@ -82,13 +99,8 @@ def ranks_of(
     command: Command, machines: int, devices: int, *arguments: str, cwd: Path, **what: str
 ) -> list["subprocess.CompletedProcess[str]"]:
     """What the processes of a run have ended with that are started as torchrun starts them, by the environment alone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shared = {
-        "OMP_NUM_THREADS": "1",  # so that the bits do not depend on who has started it
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # there is no agent: the first process keeps the store
@@ -96,10 +108,40 @@ def ranks_of(
         "LOCAL_WORLD_SIZE": str(devices),
         "WORLD_SIZE": str(machines * devices),
     }
-    processes = []
-    for rank in range(machines * devices):
-        own = {"RANK": str(rank), "GROUP_RANK": str(rank // devices), "LOCAL_RANK": str(rank % devices)}
-        processes.append(command.start(*arguments, cwd=cwd, environment={**shared, **own}, **what))
+    own = [
+        {"RANK": str(rank), "GROUP_RANK": str(rank // devices), "LOCAL_RANK": str(rank % devices)}
+        for rank in range(machines * devices)
+    ]
+    return _with_environments(command, shared, own, *arguments, cwd=cwd, **what)
+
+
+def tasks_of(
+    command: Command, processes: int, *arguments: str, cwd: Path, restarts: int | None = None, **what: str
+) -> list["subprocess.CompletedProcess[str]"]:
+    """What the processes of a run have ended with that are started as Slurm's srun starts them on one machine."""
+    shared = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_NAME": "digits",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NUM_TASKS": str(processes),
+        "SLURM_NODEID": "0",
+        **({} if restarts is None else {"SLURM_RESTART_COUNT": str(restarts)}),
+    }
+    own = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(processes)]
+    return _with_environments(command, shared, own, *arguments, cwd=cwd, **what)
+
+
+def _with_environments(
+    command: Command, shared: dict[str, str], own: list[dict[str, str]], *arguments: str, cwd: Path, **what: str
+) -> list["subprocess.CompletedProcess[str]"]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # One thread, so that the bits do not depend on who has started it.
+    shared = {"OMP_NUM_THREADS": "1", "MASTER_PORT": port, **shared}
+    processes = [command.start(*arguments, cwd=cwd, environment={**shared, **each}, **what) for each in own]
     return [process.ended() for process in processes[::-1]][::-1]  # the first one waits for the others
 
 
@@ -328,22 +370,66 @@ def test_41_a_crash_in_another_process_is_in_the_log(tmp_path: Path, command: Co
     assert (tmp_path / "run" / "train.log").read_text().count("\nZeroDivisionError: ") == 1
 
 
+@pytest.mark.slow
+def test_42_processes_that_torchrun_starts_again_go_on_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "killed_once.py").write_text(KILLED_ONCE)
+    torchrun = ["--nproc-per-node=2", "--standalone", "--max-restarts=1"]
+    arguments = [*SMALL, "trainer.max_epochs=4", "checkpoint.every_n_steps=5"]
+    text = said(start("killed_once.py", *arguments, torchrun=torchrun, cwd=tmp_path), cwd=tmp_path)
+    folder = only_run(tmp_path)
+    assert f"resuming outputs/{folder.name} from last.ckpt" in text
+    assert_same(final(folder), final(whole))
+
+
+def test_42_a_job_that_slurm_starts_again_goes_on_in_its_folder(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "killed_once.py").write_text(KILLED_ONCE)
+    arguments = [*SMALL, "trainer.max_epochs=2", "checkpoint.every_n_steps=5"]
+    first, second = tasks_of(command, 2, *arguments, cwd=tmp_path, module="killed_once")
+    assert second.returncode == -signal.SIGKILL
+    assert (
+        first.stderr.rpartition("; ")[2] == "resume with: srun ... python -m mnist_lit.train resume=outputs/slurm_7\n"
+    )
+    ended = tasks_of(command, 2, *arguments, cwd=tmp_path, module="killed_once", restarts=1)
+    assert [each.returncode for each in ended] == [0, 0], ended
+    assert "resuming outputs/slurm_7 from last.ckpt" in ended[0].stdout and not ended[1].stdout
+    assert only_run(tmp_path).name == "slurm_7" and results(only_run(tmp_path))["device"] == "2 x cpu, 1 thread"
+    # Once more, it has nothing to do; another command of the job does not touch what the first has made.
+    first, second = tasks_of(command, 2, *arguments, "trainer.devices=auto", cwd=tmp_path, restarts=2)
+    assert (first.returncode, second.returncode) == (0, 0) and "outputs/slurm_7 is finished" in first.stdout
+    tasks_of(command, 1, *SMALL, "trainer.fast_dev_run=true", cwd=tmp_path)
+    assert {folder.name for folder in (tmp_path / "outputs").iterdir()} == {"slurm_7", "slurm_7_2"}
+
+
+def test_42_a_job_that_slurm_starts_again_before_its_run_had_begun(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "outputs" / "slurm_7").mkdir(parents=True)
+    (ended,) = tasks_of(command, 1, "trainer.fast_dev_run=true", *SMALL, cwd=tmp_path, restarts=1)
+    assert ended.returncode == 0 and only_run(tmp_path).name == "slurm_7"
+
+
+def test_srun_starts_one_run_or_several_searches(tmp_path: Path, command: Command) -> None:
+    first, second = tasks_of(command, 2, "-m", "seed=0,1", cwd=tmp_path)
+    sentence = "train: srun starts the processes of one run: leave out -m, or start one process\n"
+    assert (first.stderr, first.returncode, second.returncode) == (sentence, 1, 1)
+    (swept,) = tasks_of(command, 1, *SMALL, "-m", "seed=0,1", "trainer.fast_dev_run=true", cwd=tmp_path)
+    assert swept.returncode == 0, swept.stderr
+
+
 def test_torchruns_numbers_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("LOCAL_WORLD_SIZE", "4"), ("GROUP_WORLD_SIZE", "2"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     files = ConfigFiles("train")
     for typed in ([], ["trainer.devices=4"], ["trainer.num_nodes=2", "trainer.devices=auto"]):
         config = files.compose(typed)
-        ranks.take_torchruns_numbers(config)
+        ranks.take_starters_numbers(config)
         assert (config.trainer.devices, config.trainer.num_nodes) == (4, 2)
     with pytest.raises(UserError, match="devices=2: torchrun has started 4 processes on each of 2 nodes"):
-        ranks.take_torchruns_numbers(files.compose(["trainer.devices=2"]))
+        ranks.take_starters_numbers(files.compose(["trainer.devices=2"]))
     monkeypatch.setenv("WORLD_SIZE", "7")
     with pytest.raises(UserError, match="torchrun has started 7 processes on 2 nodes: give each equally many"):
-        ranks.take_torchruns_numbers(files.compose([]))
+        ranks.take_starters_numbers(files.compose([]))
 
 
 def test_28_several_machines_without_torchrun_are_refused(tmp_path: Path, command: Command) -> None:
     done = command("trainer.num_nodes=2", cwd=tmp_path)
     assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
-    assert done.stderr == "train: trainer.num_nodes=2: use torchrun to start several machines (see README.md)\n"
+    assert done.stderr == "train: trainer.num_nodes=2: start several machines with torchrun or srun (see README.md)\n"

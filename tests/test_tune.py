@@ -1,6 +1,7 @@
 """Searches count each trial exactly once, whatever is killed, and the settings they find can be trained."""
 
 import csv
+import json
 import math
 import os
 import shutil
@@ -53,7 +54,12 @@ def train_config(*overrides: str) -> dict[str, Any]:
 
 
 def opened(storage: str) -> Any:
-    return open_study(storage, "tune", make_pruner("none"))
+    return open_study(storage, "tune", make_pruner("none"))[0]
+
+
+def search_in(folder: Path) -> Search:
+    study, database = open_study(sqlite(folder), "tune", make_pruner("none"))
+    return Search(folder, study, database, 2, {}, ConfigFiles("train"), [], 1, "val/acc")
 
 
 @pytest.fixture
@@ -66,33 +72,48 @@ def started(command: Command) -> Callable[..., Any]:
     return partial(command.start, verb="tune")
 
 
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[str]:
-    """The URL of a PostgreSQL server of our own, on the loopback interface."""
+class PostgreSQL:
+    """A server of our own, on the loopback interface; ``url`` is SQLAlchemy's."""
+
+    def __init__(self, initdb: Path) -> None:
+        from socket import socket
+
+        self.folder = Path(tempfile.mkdtemp())  # the server's user cannot read pytest's folders
+        as_its_user: list[Any] = []
+        if os.getuid() == 0:  # it refuses to run as root
+            as_its_user = ["runuser", "-u", "postgres", "--"]
+            shutil.chown(self.folder, "postgres")
+        with closing(socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        data: list[Any] = ["-D", self.folder / "data"]
+        subprocess.run(
+            [*as_its_user, initdb, "--auth=trust", "--username=tuner", *data], check=True, capture_output=True
+        )
+        self._control = [*as_its_user, initdb.with_name("pg_ctl"), *data, "-l", self.folder / "log"]
+        self._options = f"-h 127.0.0.1 -p {port} -k {self.folder} -c fsync=off"
+        self.url = f"postgresql+psycopg://tuner@127.0.0.1:{port}/postgres"
+
+    def start(self) -> None:
+        subprocess.run([*self._control, "-w", "-o", self._options, "start"], check=True, capture_output=True)
+
+    def stop(self) -> None:
+        subprocess.run([*self._control, "-m", "immediate", "stop"], check=True, capture_output=True)
+
+
+@pytest.fixture
+def postgresql() -> Iterator[PostgreSQL]:
     pytest.importorskip("psycopg", reason="needs the extra postgresql")
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not programs:
         pytest.skip("needs a PostgreSQL server: apt install postgresql")
-    here = Path(tempfile.mkdtemp())  # the server's user cannot read pytest's folders
-    as_its_user: list[Any] = []
-    if os.getuid() == 0:  # it refuses to run as root
-        as_its_user = ["runuser", "-u", "postgres", "--"]
-        shutil.chown(here, "postgres")
-    from socket import socket
-
-    with closing(socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    call = [*as_its_user, programs[-1], "--auth=trust", "--username=tuner", "-D", here / "data"]
-    subprocess.run(call, check=True, capture_output=True)
-    options = f"-h 127.0.0.1 -p {port} -k {here} -c fsync=off"
-    control = [*as_its_user, programs[-1].with_name("pg_ctl"), "-D", here / "data", "-l", here / "log"]
-    subprocess.run([*control, "-w", "-o", options, "start"], check=True, capture_output=True)
+    server = PostgreSQL(programs[-1])
+    server.start()
     try:
-        yield f"postgresql+psycopg://tuner@127.0.0.1:{port}/postgres"
+        yield server
     finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], check=True, capture_output=True)
-        shutil.rmtree(here)
+        server.stop()
+        shutil.rmtree(server.folder)
 
 
 def trains_in(folder: Path) -> int:
@@ -118,7 +139,7 @@ def states(study: Any) -> list[str]:
 def test_25_a_worker_that_is_killed_costs_no_trial_and_the_total_is_honoured(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, tune: Any, started: Any
 ) -> None:
-    storage = sqlite(tmp_path) if kind == "sqlite" else request.getfixturevalue("postgresql")
+    storage = sqlite(tmp_path) if kind == "sqlite" else request.getfixturevalue("postgresql").url
     arguments = [f"storage={storage}", "n_trials=4", "sampler=random", "pruner=none", *SMALL, *LONG]
     first, second = started(*arguments, cwd=tmp_path), started(*arguments, cwd=tmp_path)
     deadline = time.monotonic() + 60
@@ -148,6 +169,53 @@ def test_25_a_worker_that_is_killed_costs_no_trial_and_the_total_is_honoured(
 
     more = tune(*arguments[:1], "n_trials=5", *arguments[2:], cwd=tmp_path)
     assert more.returncode == 0 and sum(map(counts, study.get_trials())) == 5, more.stderr
+    # The two have shared the cores of the machine.
+    devices = [json.loads(file.read_text())["device"] for file in tmp_path.glob("outputs/tune/trials/*/metrics.json")]
+    if (cores := os.cpu_count() or 1) > 1:
+        assert any(device.startswith(f"cpu, {cores // 2} thread") for device in devices), devices
+
+
+@pytest.mark.services
+def test_43_a_database_that_goes_away_is_waited_for(postgresql: PostgreSQL, tmp_path: Path, started: Any) -> None:
+    search = started(f"storage={postgresql.url}", "n_trials=3", "workers=2", "pruner=none", *SMALL, *LONG, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("outputs/tune/trials/*/metrics.csv")):
+        assert time.monotonic() < deadline and search.poll() is None
+        time.sleep(0.1)
+    postgresql.stop()
+    time.sleep(4)
+    postgresql.start()
+    ended = search.ended()
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    assert states(opened(postgresql.url)) == ["COMPLETE"] * 3
+    log = (tmp_path / "outputs" / "tune" / "tune.log").read_text()
+    assert "the database does not answer; waiting for it, 5 minutes at most" in log
+
+
+def test_43_a_database_that_stays_away_ends_the_search_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mnist_lit.sweeps import database
+
+    monkeypatch.setattr(database, "RETRY_INTERVAL", 0.1)
+    search = search_in(tmp_path)
+    study, search.database.patience = search.study, 0.5
+    trial = study.ask()
+    search.database.engine.dispose()  # its connections
+    (tmp_path / "tune.db").rename(tmp_path / "away.db")
+    (tmp_path / "tune.db").mkdir()
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"tune.db does not answer any more \(.*unable to open.*\); the same command"):
+        trial.set_user_attr("a", 1)
+    assert 0.5 < time.monotonic() - started < 5 and not search.database.heartbeats_count
+    search.database.record_heartbeat(trial._trial_id)  # as a thread of Optuna's does, without a traceback
+    (tmp_path / "tune.db").rmdir()
+    (tmp_path / "away.db").rename(tmp_path / "tune.db")
+    trial.set_user_attr("a", 2)
+    # What could not send heartbeats is not stale.
+    assert study.trials[0].user_attrs == {"a": 2} and not search.database.heartbeats_count
+    monkeypatch.setattr(database, "GRACE_PERIOD", 0)
+    assert search.database.heartbeats_count
 
 
 @pytest.mark.slow
@@ -328,7 +396,7 @@ def test_a_study_is_not_mixed_with_another_search(tmp_path: Path) -> None:
 
 def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
     study = opened(sqlite(tmp_path))
-    search = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1, "val/acc")
+    search = search_in(tmp_path)
     study.add_trial(optuna.create_trial(value=0.5))
     earlier, later = study.ask(), study.ask()
     assert not search._is_surplus(earlier) and search._is_surplus(later)
@@ -423,7 +491,7 @@ def test_25_a_trial_whose_process_was_killed_before_it_began_does_not_stay_runni
     never_begun, begun = study.ask(), study.ask()
     begun.set_user_attr("started", begun.number)
     monkeypatch.setattr(search, "GRACE_PERIOD", 0.2)
-    workers = Search(tmp_path, study, 2, {}, ConfigFiles("train"), [], 1, "val/acc")
+    workers = search_in(tmp_path)
     workers._fail_stale_trials()
     assert states(study) == ["RUNNING", "RUNNING"]
     time.sleep(0.3)

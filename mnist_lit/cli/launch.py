@@ -60,6 +60,7 @@ def launch(
     # Hydra wants the overrides side by side.
     sys.argv[1:] = [*(argument for argument in sys.argv[1:] if argument not in flags.overrides), *flags.overrides]
     files = ConfigFiles(flags.config_name or verb, flags.config_dir)
+    multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
     if flags.help:
         from mnist_lit.cli.help import help_text
 
@@ -70,10 +71,14 @@ def launch(
     hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=verb)
     try:
         with files.errors_as_user_errors(flags.overrides), _exceptions_from_hydra():
+            if run_folder and not multirun:
+                ranks.adopt_srun()
+            else:
+                ranks.leave_srun(multirun)
             if composed:
                 parent.tell_children()
                 compat.run_composed(command, composed)
-            elif flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
+            elif multirun:
                 if not sweep:
                     raise UserError("-m: only train makes sweeps")
                 if ranks.by_torchrun():
@@ -139,8 +144,8 @@ class VerbRun:
         if ranks.is_started_by_another():
             ranks.end_with_starter()
         if ranks.by_torchrun():
-            ranks.take_torchruns_numbers(config)
-            folder, start = ranks.decided_by_first(lambda: self._decide(config))
+            ranks.take_starters_numbers(config)
+            folder, start = ranks.decided_by_first(lambda earlier: self._decide(config, *(earlier or ())[:1]))
         elif ranks.is_first():
             folder, start = self._decide(config)
         else:  # Lightning passes the folder on
@@ -185,18 +190,27 @@ class VerbRun:
             log_crash.exception("the run failed")
             raise
 
-    def _decide(self, config: Any) -> tuple[str, str | None]:
-        """The run folder, claimed for this run, and the checkpoint to resume from, if any."""
-        typed = any(key_of(override) == "hydra.run.dir" for override in config.hydra.overrides.hydra)
-        if wanted := config.get("resume"):
-            from mnist_lit.cli import resume
+    def _decide(self, config: Any, earlier: str | None = None) -> tuple[str, str | None]:
+        """The run folder, claimed for this run, and the checkpoint to resume from, if any.
 
+        Args:
+            earlier: The folder, if this run's processes have been started before.
+        """
+        from mnist_lit.cli import resume
+
+        typed = any(key_of(override) == "hydra.run.dir" for override in config.hydra.overrides.hydra)
+        named = config.hydra.run.dir if typed else str(ranks.folder_of_job(Path(config.hydra.run.dir)))
+        if ranks.is_requeued():
+            earlier = named
+        if earlier and (Path(earlier) / "config.yaml").exists():
+            return earlier, str(resume.find(earlier).start)
+        if wanted := config.get("resume"):
             if typed:
                 raise UserError("resume= uses the folder of the run: remove hydra.run.dir")
             run = resume.find(wanted)
             return str(run.folder), str(run.start)
         _check(self.verb, config)
-        folder = claimed("hydra.run.dir", config.hydra.run.dir, typed)
+        folder = claimed("hydra.run.dir", earlier or named, typed or bool(earlier))
         if runs.contains_run(folder):
             raise UserError(
                 f"{folder} already contains a run: choose another hydra.run.dir, or resume it: resume={folder}"
@@ -300,7 +314,7 @@ def claimed(key: str, value: str | None, typed: bool) -> Path:
 def _refuse_what_is_missing(trainer: dict[str, Any]) -> None:
     accelerator, machines = trainer.get("accelerator"), trainer.get("num_nodes", 1)
     if machines > 1 and not ranks.by_torchrun():  # each would make its own folder and wait for the others
-        raise UserError(f"trainer.num_nodes={machines}: use torchrun to start several machines (see README.md)")
+        raise UserError(f"trainer.num_nodes={machines}: start several machines with torchrun or srun (see README.md)")
     # Where the system itself has no GPU there is no need to import torch to find that out.
     devices = ("nvidia[0-9]*", "nvidiactl", "nvmap", "nvhost-gpu", "dxg", "kfd")  # NVIDIA, Jetson, WSL, ROCm
     if accelerator in ("gpu", "cuda") and sys.platform == "linux":

@@ -83,8 +83,14 @@ def resume_hint(folder: Path) -> str:
         return ""
     if not (folder / LAST).exists():
         return "; there is no checkpoint"
-    start = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    started = os.environ.get("TORCHELASTIC_RUN_ID")
+    start = "srun ... python" if started == step_of_job() else "torchrun ..." if started else "python"
     return f"; resume with: {start} -m mnist_lit.train resume={display_path(folder)}"
+
+
+def step_of_job() -> str:
+    """Slurm's number of the job and of the step in it that this process is part of."""
+    return f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
 
 
 def create(folder: Path, config: dict[str, Any], data_facts: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import json
 import logging
 import math
 import os
+import platform
 import random
-import re
 import signal
 import threading
 import time
@@ -36,13 +36,12 @@ from mnist_lit.cli import job, launch
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, key_of, quoted
 from mnist_lit.cli.errors import suggestion
 from mnist_lit.storage import runs
-from mnist_lit.storage.tables import short
+from mnist_lit.storage.tables import one_line, short
+from mnist_lit.sweeps.database import GRACE_PERIOD, LONGEST_ABSENCE, MAX_RETRIES, Database, without_password
 
 log = logging.getLogger("mnist_lit.tune")
 
-HEARTBEAT_INTERVAL, GRACE_PERIOD = 5, 15  # seconds between heartbeats, and without one until a trial is stale
 POLL_INTERVAL = 2.0  # seconds between checks for stale trials
-MAX_RETRIES = 3  # of a trial whose process was killed
 FIRST_FAILURES = 3  # if the first trials all fail, the parameters are not to blame
 BEFORE_MONITOR = {"checkpoint.monitor": "val/acc", "checkpoint.mode": "max"}  # what studies from then optimize
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that was asked to stop
@@ -120,7 +119,9 @@ def make_pruner(name: str) -> optuna.pruners.BasePruner:
     return optuna.pruners.MedianPruner(n_warmup_steps=2)  # the first epoch says too little
 
 
-def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner, mode: str = "max") -> optuna.Study:
+def open_study(
+    storage: str, name: str, pruner: optuna.pruners.BasePruner, mode: str = "max"
+) -> tuple[optuna.Study, Database]:
     """Create the study, or load it if it exists.
 
     Args:
@@ -136,21 +137,18 @@ def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner, mode:
         try:
             if storage.startswith("sqlite:///"):
                 Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            database = optuna.storages.RDBStorage(
-                storage,
-                heartbeat_interval=HEARTBEAT_INTERVAL,
-                grace_period=GRACE_PERIOD,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
-            )
-            return optuna.create_study(
+            database = Database(storage)
+            study = optuna.create_study(
                 study_name=name, storage=database, pruner=pruner, direction=direction, load_if_exists=True
             )
         except (SQLAlchemyError, StorageInternalError, ImportError, OSError, ValueError) as error:
             if delay is None or not isinstance(error, DBAPIError | StorageInternalError):
-                reason = " ".join(str(error).split())
-                without_password = re.sub(r"(//[^/:@]*):[^@]*@", r"\1:***@", storage)
-                raise UserError(f"storage={without_password}: cannot be opened ({reason[:300]})") from error
+                where = f"storage={without_password(storage)}"
+                raise UserError(f"{where}: cannot be opened ({one_line(error, limit=300)})") from error
             time.sleep(delay)  # another process may be creating the tables
+        else:
+            database.patience = LONGEST_ABSENCE
+            return study, database
     raise AssertionError("unreachable")
 
 
@@ -180,6 +178,7 @@ class Search:
 
     folder: Path
     study: optuna.Study
+    database: Database
     n_trials: int
     distributions: dict[str, BaseDistribution]
     files: ConfigFiles
@@ -188,7 +187,7 @@ class Search:
     monitor: str
 
     def __post_init__(self) -> None:
-        self.stop = threading.Event()
+        self.stop = self.database.stop
         self.composing = threading.Lock()  # Hydra's state is global
         self.silent_since: dict[int, float] = {}  # running trials that have not sent a heartbeat yet
 
@@ -211,6 +210,9 @@ class Search:
 
     def _fail_stale_trials(self) -> None:
         """Fail the trials whose worker was killed. Optuna overlooks those without a single heartbeat."""
+        if not self.database.heartbeats_count:
+            self.silent_since = {}
+            return
         optuna.storages.fail_stale_trials(self.study)
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         silent = [trial.number for trial in running if trial.user_attrs.get("started") != trial.number]
@@ -236,6 +238,7 @@ class Search:
     def _objective(self, trial: optuna.Trial) -> float:
         """Train with the trial's parameters; returns the best of what is monitored, or NaN, which fails the trial."""
         trial.set_user_attr("started", trial.number)  # from now on there are heartbeats
+        trial.set_user_attr("host", platform.node())
         if self._is_surplus(trial):
             trial.set_user_attr("surplus", True)
             return math.nan
@@ -261,7 +264,7 @@ class Search:
             [*overrides, *config_dir],
             quiet=True,
             should_stop=lambda: self.stop.is_set() or should_prune(),
-            threads=max(1, (os.cpu_count() or 1) // self.workers) if self.workers > 1 else None,
+            threads=self._threads(),
             composed=self._composed(overrides),
         )
         pruned, stopped = should_prune(), self.stop.is_set()
@@ -279,6 +282,13 @@ class Search:
             reason = ended.reason.removeprefix("train: ") if ended.code else "no epoch was validated"
             trial.set_user_attr("reason", reason)
         return math.nan
+
+    def _threads(self) -> int | None:
+        """A trial's share of the cores, among those that run on this machine for this study; None for all of them."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        here = sum(trial.user_attrs.get("host") == platform.node() for trial in running)
+        share = max(here, self.workers)
+        return max(1, (os.cpu_count() or 1) // share) if share > 1 else None
 
     def _is_surplus(self, trial: optuna.Trial) -> bool:
         """Whether another process started the last trial at the same time, and with a lower number."""
