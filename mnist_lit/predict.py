@@ -37,6 +37,7 @@ def predict(
     ckpt: str | Path = "latest",
     output: str | Path | None = None,
     preprocess: str = "mnist",
+    refuse: bool = True,
     contact_sheet: str | Path | None = None,
     overwrite: bool = False,
     trust: Iterable[str] = (),
@@ -45,8 +46,8 @@ def predict(
 
     Returns:
         A row per image, in the order of ``images``, with the keys ``COLUMNS``: the file, the predicted digit, its
-        probability, the probabilities of all ten digits (``p0`` to ``p9``) and ``error``. If the image cannot be read,
-        ``error`` says why and the others are None; otherwise ``error`` is None. If the model's classes are no digits,
+        probability, the probabilities of all ten digits (``p0`` to ``p9``) and ``error``. If the image cannot be read, or
+        shows no digit, ``error`` says why and the others are None; otherwise ``error`` is None. If the model's classes are no digits,
         ``digit`` is the number of the class and ``name`` its name.
 
     Raises:
@@ -64,7 +65,7 @@ def predict(
     rows: list[dict[str, Any]] = []
     thumbnails: list[np.ndarray | None] = []
     paths = [path for path, error in found if not error]
-    with _loader(paths, preprocess) as batches, tqdm(total=len(paths), unit=" images", disable=None) as bar:
+    with _loader(paths, preprocess, refuse) as batches, tqdm(total=len(paths), unit=" images", disable=None) as bar:
         with loading("PyTorch"):  # while the workers are already reading
             import torch
 
@@ -124,10 +125,10 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _loader(paths: list[str], preprocess: str) -> Iterator[Iterator[list[LoadedImage]]]:
+def _loader(paths: list[str], preprocess: str, refuse: bool) -> Iterator[Iterator[list[LoadedImage]]]:
     """Iterate over batches of images, which worker processes read ahead if there are many."""
     batches = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
-    load_batch = partial(_load_batch, preprocess=preprocess)
+    load_batch = partial(_load_batch, preprocess=preprocess, refuse=refuse)
     if len(paths) < MIN_PARALLEL:
         yield map(load_batch, batches)
         return
@@ -145,15 +146,16 @@ def _loader(paths: list[str], preprocess: str) -> Iterator[Iterator[list[LoadedI
         workers.shutdown(cancel_futures=True)
 
 
-def _load_batch(paths: list[str], preprocess: str) -> list[LoadedImage]:
-    from mnist_lit.inference.images import ImageError, prepare
+def _load_batch(paths: list[str], preprocess: str, refuse: bool) -> list[LoadedImage]:
+    from mnist_lit.inference.images import prepare
+    from mnist_lit.inference.ink import ImageError
 
     loaded: list[LoadedImage] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about unusual files
         for path in paths:
             try:
-                loaded.append((path, prepare(path, preprocess), ""))
+                loaded.append((path, prepare(path, preprocess, refuse), ""))
             except ImageError as error:
                 loaded.append((path, None, str(error)))
     return loaded

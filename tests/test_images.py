@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, assert_same
+from pictures import KINDS, two
 from PIL import Image
 from scipy import ndimage
 
 from mnist_lit.inference import web
-from mnist_lit.inference.images import MAX_PIXELS, ImageError, prepare, read_grey, to_mnist
+from mnist_lit.inference.digit import to_mnist
+from mnist_lit.inference.images import MAX_PIXELS, prepare, read_grey
+from mnist_lit.inference.ink import ImageError
 from mnist_lit.inference.trained import load
 
 Pixels = np.ndarray
@@ -110,14 +113,59 @@ def test_thin_strokes_are_thickened_to_those_of_mnist(good_run: Path, digits, mo
     def thin(digit: Pixels) -> Pixels:
         inside = ndimage.distance_transform_edt(scaled(digit, 280) > 127)
         line = (inside > 0.75 * ndimage.maximum_filter(inside, 15)) & (inside > 0)
-        return np.where(ndimage.binary_dilation(line), 20, 255).astype(np.uint8)
+        return np.where(ndimage.binary_dilation(line), 20, 255).astype(np.uint8)  # some are in pieces
 
     images, labels = digits[0][:300], digits[1][:300]
     files = [thin(digit) for digit in images]
-    thick = accuracy(good_run, [prepare(saved(file)) for file in files], labels)
+    thick = accuracy(good_run, [prepare(saved(file), refuse=False) for file in files], labels)
     assert thick > accuracy(good_run, list(images), labels) - 0.03
-    monkeypatch.setattr("mnist_lit.inference.images.MIN_STROKE", 0)
-    assert accuracy(good_run, [prepare(saved(file)) for file in files], labels) < thick
+    monkeypatch.setattr("mnist_lit.inference.digit.MIN_STROKE", 0)
+    assert accuracy(good_run, [prepare(saved(file), refuse=False) for file in files], labels) < thick
+
+
+@pytest.fixture(scope="module")
+def clear(good_run: Path, digits) -> tuple[Pixels, Pixels]:
+    """Digits that the model reads rightly, and is sure of, when they have MNIST's form."""
+    images, labels = digits
+    with torch.inference_mode():
+        probabilities = load(good_run)(torch.from_numpy(images).unsqueeze(1) / 255).numpy()
+    sure = (probabilities.argmax(1) == labels) & (probabilities.max(1) > 0.95)
+    return images[sure], labels[sure]
+
+
+def as_file(picture: Pixels) -> io.BytesIO:
+    return saved(picture if picture.dtype == np.uint16 else picture.clip(0, 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_as_people_have_them_are_read(kind: str, good_run: Path, clear) -> None:
+    images, labels = clear[0][:150], clear[1][:150]
+    random = np.random.default_rng(7)
+    prepared = []
+    for image in images:
+        try:
+            prepared.append(prepare(as_file(KINDS[kind](image, random))))
+        except ImageError:
+            prepared.append(np.zeros((28, 28), np.uint8))
+    assert accuracy(good_run, prepared, labels) > FLOORS.get(kind, 0.97)
+
+
+FLOORS = {"ruled": 0.93, "shadow": 0.95}
+
+
+def test_two_digits_are_no_digit(clear) -> None:
+    random = np.random.default_rng(7)
+    pairs = list(zip(clear[0][:150], clear[0][150:300], strict=True))
+    refused = 0
+    for pair in pairs:
+        picture = as_file(two(pair, random))
+        try:
+            prepare(picture)
+        except ImageError as error:
+            refused += str(error) == "shows two shapes side by side instead of one digit"
+        picture.seek(0)
+        assert prepare(picture, refuse=False).max() == 255  # the likelier one
+    assert refused >= 0.95 * len(pairs)
 
 
 def test_an_image_in_mnists_form_is_unchanged_in_every_format_and_mode(digits) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Command
 from helpers import ROOT
+from pictures import two
 from PIL import Image
 
 from mnist_lit import UserError, predict
@@ -47,6 +48,15 @@ def test_rows_have_the_networks_own_probabilities(good_run: Path, digits, scans:
         probabilities = [row[f"p{digit}"] for digit in range(10)]
         assert probabilities == pytest.approx(expected[number(row)].tolist(), abs=2e-6)
         assert row["digit"] == int(np.argmax(probabilities)) and row["probability"] == max(probabilities)
+
+
+def test_two_digits_in_a_picture_are_refused_unless_asked_for(good_run: Path, digits, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    Image.fromarray(two((digits[0][0], digits[0][2]), random).clip(0, 255).astype(np.uint8)).save(tmp_path / "two.png")
+    (row,) = predict_images(tmp_path / "two.png", good_run)
+    assert row["error"] == "shows two shapes side by side instead of one digit" and row["digit"] is None
+    (row,) = predict_images(tmp_path / "two.png", good_run, refuse=False)
+    assert row["error"] is None and row["digit"] in digits[1][[0, 2]]
 
 
 def test_many_images_read_by_worker_processes_give_the_same_rows(

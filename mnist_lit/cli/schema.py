@@ -92,6 +92,7 @@ class Predict(Verb, total=False):
     ckpt: Text
     output: Text | None
     preprocess: Literal["mnist", "none"]
+    refuse: Switch
     contact_sheet: Text | None
     overwrite: Switch
 

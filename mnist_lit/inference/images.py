@@ -13,7 +13,9 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
-from scipy import ndimage
+
+from mnist_lit.inference.digit import to_mnist
+from mnist_lit.inference.ink import SIDE, ImageError
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -21,10 +23,7 @@ MAX_PIXELS = 80_000_000  # four times a phone camera's resolution; up to 1.7 GB 
 MAX_BYTES = 2**26  # of a file: 20 million uncompressed pixels in colour
 MAX_SCANS = 50  # of a progressive JPEG with as many pixels as allowed; cameras and editors write ten
 
-SIDE, BOX = 28, 20  # pixels: an MNIST image, and the box within it that the digit is fitted into
 WORKING_SIDE = 256  # larger images are first reduced by a whole factor to about this size
-MIN_CONTRAST = 12.0  # how far ink must differ from the paper, in grey values of 0..255
-MIN_STROKE = 1.6  # thinner strokes are thickened to this many pixels of the box; MNIST's have 2 to 3
 
 # What Pillow raises for truncated or corrupted files.
 DECODE_ERRORS = (
@@ -32,22 +31,19 @@ DECODE_ERRORS = (
 )  # fmt: skip
 
 
-class ImageError(Exception):
-    """The image cannot be read or is blank. The message is a single line that does not name the file."""
-
-
-def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist") -> np.ndarray:
+def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist", refuse: bool = True) -> np.ndarray:
     """Read ``file`` as input for the network: uint8 [28, 28], light on dark.
 
     Args:
         preprocess: ``mnist`` normalizes the image with ``to_mnist``; ``none`` uses its 28x28 pixels unchanged.
+        refuse: For ``to_mnist``.
 
     Raises:
-        ImageError: The image cannot be read, is blank, or with ``none`` is not 28x28.
+        ImageError: The image cannot be read or shows no digit, or with ``none`` is not 28x28.
     """
     grey = read_grey(file)
     if preprocess == "mnist":
-        return to_mnist(grey)
+        return to_mnist(grey, refuse)
     if grey.shape != (SIDE, SIDE):
         raise ImageError(f"has {grey.shape[1]}x{grey.shape[0]} pixels, but preprocess=none requires {SIDE}x{SIDE}")
     return grey.round().astype(np.uint8)
@@ -120,9 +116,13 @@ def _check_size(image: Image.Image, content: bytes, max_pixels: int) -> None:
 def _grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16- or 32-bit integers, or floating point
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = min(float(values.min()), 0.0), float(values.max())
+        low, high = float(values.min()), float(values.max())
         tops = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0)
-        top = next((top for top in tops if low == 0 and high <= top), high)
+        top = next((top for top in tops if low >= 0 and high <= top), high)
+        if high - low > top / 3:  # otherwise they are of fewer bits, as cameras and microscopes have them
+            low = min(low, 0.0)
+        else:
+            top = high
         return Image.fromarray((values - low) * (255 / ((top - low) or 1)))
     if image.mode in ("1", "L") and not image.has_transparency_data:
         return image.convert("L")
@@ -144,115 +144,3 @@ def _clearest_channel(image: Image.Image) -> Image.Image:
     contrasts = ImageStat.Stat(image).stddev
     best = max(range(3), key=contrasts.__getitem__)
     return image.getchannel(best) if contrasts[best] > 2 * ImageStat.Stat(lightness).stddev[0] else lightness
-
-
-def to_mnist(grey: np.ndarray) -> np.ndarray:
-    """Normalize an image of one digit as MNIST's were: crop, fit into 20x20, centre by mass in 28x28.
-
-    The ink may be light or dark and the paper unevenly lit. Specks are removed, and strokes much thinner than MNIST's
-    are thickened. An image that is already 28x28 and light on dark is returned unchanged.
-
-    Args:
-        grey: Values 0..255 [H, W].
-
-    Returns:
-        uint8 [28, 28], light on dark.
-
-    Raises:
-        ImageError: No ink stands out from the paper.
-    """
-    if grey.max() - grey.min() < MIN_CONTRAST:
-        raise ImageError("is blank")
-    if grey.shape == (SIDE, SIDE) and np.median(_border(grey)) < (grey.min() + grey.max()) / 2:
-        return np.asarray(grey.round().astype(np.uint8))
-    ink = _without_specks(_ink(grey))
-    rows, columns = (np.flatnonzero(ink.any(axis=axis)) for axis in (1, 0))
-    ink = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    scale = BOX / max(ink.shape)
-    height, width = (max(1, round(side * scale)) for side in ink.shape)
-    fitted = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.HAMMING))
-    fitted = (fitted * (255 / fitted.max())).clip(0, 255)
-    image = np.zeros((SIDE, SIDE), np.uint8)
-    top, left = (
-        min(max(round((SIDE - 1) / 2 + 0.5 - center), 0), SIDE - side)
-        for center, side in zip(ndimage.center_of_mass(fitted), fitted.shape, strict=True)
-    )
-    image[top : top + height, left : left + width] = fitted.round()
-    return image
-
-
-def _border(grey: np.ndarray) -> np.ndarray:
-    return np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
-
-
-def _ink(grey: np.ndarray) -> np.ndarray:
-    """How much ink each pixel has, float32 [H, W] from 0 to 1, exactly 0 on the paper; an ImageError if none stands out."""
-    paper, noise = _paper(grey)
-    difference = grey - paper
-    if float((difference * difference * difference).sum()) < 0:  # the largest differences are negative: dark ink
-        difference = -difference
-    highest = float(difference.max())
-    if highest < max(MIN_CONTRAST, 6 * noise):
-        raise ImageError("is blank")
-    full = float(np.percentile(difference[difference > max(0.3 * highest, 4 * noise)], 75))
-    ink = difference / (0.9 * full)
-    ink[ink < max(0.2, 3 * noise / full)] = 0
-    return np.asarray(ink.clip(0, 1), dtype=np.float32)
-
-
-def _paper(grey: np.ndarray) -> tuple[np.ndarray, float]:
-    """The grey value of the paper, broadcastable to [H, W], and its standard deviation.
-
-    If the image has essentially two greys, as drawings and close crops do, the paper is the one closer to the corners.
-    Otherwise the paper may be unevenly lit: a quadratic surface is fitted to the pixels without ink.
-    """
-    corners = np.median(grey[:: len(grey) - 1 or 1, :: len(grey[0]) - 1 or 1])
-    dark, light, explained = _two_greys(grey)
-    if explained > 0.93 or min(grey.shape) < 8:
-        return np.full((1, 1), dark if corners < (dark + light) / 2 else light), 0.0
-    y, x = (np.arange(side, dtype=np.float32) / max(grey.shape) for side in grey.shape)
-    step = max(1, min(grey.shape) // 24)
-    values, sy, sx = grey[::step, ::step], y[::step], x[::step]
-    grid = np.broadcast_arrays(1, sx, sy[:, None], sx * sx, sx * sy[:, None], (sy * sy)[:, None])
-    terms, values = np.stack(grid, axis=-1).reshape(-1, 6).astype(np.float32), values.reshape(-1)
-    distance = np.abs(values - np.median(_border(grey)))
-    for _ in range(4):
-        # At least 30 % of the pixels are paper; how close those are to the surface scales the threshold for the others.
-        close = np.partition(distance, int(0.3 * len(distance)))[int(0.3 * len(distance))]
-        near = distance <= max(8 * float(close), 2.0)
-        paper = terms[near]
-        c = np.linalg.solve(paper.T @ paper + 1e-4 * np.eye(6, dtype=np.float32), paper.T @ values[near])
-        distance = np.abs(values - terms @ c)
-    surface = (c[0] + c[1] * x + c[3] * x * x) + (c[2] * y + c[5] * y * y)[:, None] + c[4] * x * y[:, None]
-    return surface, 1.4826 * float(np.median(distance[near]))
-
-
-def _two_greys(grey: np.ndarray) -> tuple[float, float, float]:
-    """Otsu's method: the mean greys of the two classes, and the fraction of the variance that they explain."""
-    counts = np.bincount(grey.astype(np.uint8).reshape(-1), minlength=256).astype(np.float64)
-    below, sums = counts.cumsum(), (counts * np.arange(256)).cumsum()
-    above = below[-1] - below
-    split = (below > 0) & (above > 0)
-    dark, light = sums[split] / below[split], (sums[-1] - sums[split]) / above[split]
-    explained = below[split] * above[split] * (light - dark) ** 2 / below[-1] ** 2
-    best = int(explained.argmax())
-    return float(dark[best]), float(light[best]), float(explained[best] / grey.var())
-
-
-def _without_specks(ink: np.ndarray) -> np.ndarray:
-    """Remove the connected components that are tiny compared with the largest one."""
-    parts, count = ndimage.label(ink > 0, structure=np.ones((3, 3)))
-    if count == 1:
-        return ink
-    masses = ndimage.sum_labels(ink, parts, np.arange(count + 1))
-    return ink * (masses >= 0.06 * masses[1:].max())[parts] * (parts > 0)
-
-
-def _thickened(ink: np.ndarray) -> np.ndarray:
-    """Dilate strokes that would be too thin in the 20x20 box."""
-    box_pixel = max(ink.shape) / BOX
-    inside = np.pad(ink > 0.5, 1)
-    edge = inside & ~ndimage.binary_erosion(inside)
-    thickness = 2 * inside.sum() / max(edge.sum(), 1)
-    missing = round((MIN_STROKE * box_pixel - thickness) / 2)
-    return ndimage.grey_dilation(np.pad(ink, missing), size=2 * missing + 1) if missing > 0 else ink

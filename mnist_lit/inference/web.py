@@ -25,7 +25,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnist_lit import __version__
-from mnist_lit.inference.images import SIDE, ImageError, read_grey, to_mnist
+from mnist_lit.inference.digit import to_mnist
+from mnist_lit.inference.images import read_grey
+from mnist_lit.inference.ink import SIDE, ImageError
 from mnist_lit.inference.trained import TrainedModel
 
 MAX_BYTES = 2**20  # of a request body

@@ -1,0 +1,258 @@
+"""Find the digit in an image, and normalize it as MNIST's digits were.
+
+A digit consists of strokes. What does not, such as a shadow or the table that a sheet lies on, means that the estimate of
+the paper was wrong, and another one is tried.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from mnist_lit.inference.ink import (
+    MIN_CONTRAST,
+    SIDE,
+    ImageError,
+    border,
+    half_width,
+    ink_beside,
+    ink_on_paper,
+    ink_on_sheet,
+)
+
+BOX = 20  # pixels: the side of the box in an MNIST image that the digit is fitted into
+MIN_STROKE = 1.6  # thinner strokes are thickened to this many pixels of the box; MNIST's have 2 to 3
+STROKE = 0.45  # of full ink belongs to a stroke
+FAINT = 0.2  # of full ink may belong to a line of the paper
+MAX_SLOPE = 0.1  # of the lines of the paper
+EVERY = np.ones((3, 3), bool)  # a pixel's eight neighbours touch it
+
+
+def to_mnist(grey: np.ndarray, refuse: bool = True) -> np.ndarray:
+    """Normalize an image of one digit as MNIST's were: crop, fit into 20x20, centre by mass in 28x28.
+
+    The ink may be light or dark; the paper may be ruled, framed, unevenly lit, or a sheet on a table. Specks and what
+    comes in from the edges are removed, and strokes much thinner than MNIST's are thickened. An image that has MNIST's
+    form already is returned unchanged.
+
+    Args:
+        grey: Values 0..255 [H, W].
+        refuse: Whether to raise an error if there are two shapes side by side, instead of taking the likelier one.
+
+    Returns:
+        uint8 [28, 28], light on dark.
+
+    Raises:
+        ImageError: No ink stands out from the paper, or there is not one digit.
+    """
+    if grey.max() - grey.min() < MIN_CONTRAST:
+        raise ImageError("is blank")
+    if _has_mnists_form(grey):
+        return np.asarray(grey.round().astype(np.uint8))
+    usual: tuple[np.ndarray, Shape] | None = None
+    for estimate in (ink_on_sheet, ink_on_paper, ink_beside):
+        try:
+            ink = estimate(grey)
+        except ImageError:
+            continue
+        if ink is None or not (shape := _find(ink)):
+            continue
+        if shape.is_of_strokes and (estimate is ink_on_paper or shape.contact < 0.01):
+            return _fitted(ink, shape, refuse)
+        if estimate is ink_on_paper:
+            usual = ink, shape
+    if not usual:
+        raise ImageError("is blank")
+    return _fitted(*usual, refuse)
+
+
+class Shape(NamedTuple):
+    """What may be the digit.
+
+    Attributes:
+        mask: Its strokes, bool [H, W].
+        others: What else is inked.
+        aside: Whether another shape of its kind is beside it.
+        contact: The fraction of the image's border that it touches.
+        width: Of its widest place, as a fraction of the longer side of its box.
+        width_of_others: Of the widest place of the others, as a fraction of the image's shorter side, if they are more.
+    """
+
+    mask: np.ndarray
+    others: np.ndarray
+    aside: bool
+    contact: float
+    width: float
+    width_of_others: float
+
+    @property
+    def is_of_strokes(self) -> bool:
+        blot = self.width > 0.4 or (self.contact > 0.1 and self.width > 0.22)
+        return not blot and self.width_of_others < 0.12
+
+
+def _has_mnists_form(grey: np.ndarray) -> bool:
+    paper = np.median(border(grey))
+    if grey.shape != (SIDE, SIDE) or paper >= (grey.min() + grey.max()) / 2:
+        return False
+    light = (grey - paper).clip(0)
+    for axis in (0, 1):
+        total, highest = light.sum(axis), light.max(axis)
+        center = float(total @ np.arange(SIDE) / total.sum())
+        inked = np.flatnonzero(highest > 0.1 * highest.max())
+        if abs(center - (SIDE - 1) / 2) > 1.5 or inked[-1] - inked[0] > BOX:
+            return False
+    return True
+
+
+def _find(ink: np.ndarray) -> Shape | None:
+    """The digit's strokes among what is inked: large, near the middle, and not a frame or something at the edge."""
+    parts, count = ndimage.label(_without_lines(ink > STROKE, ink > FAINT), EVERY)
+    if not count:
+        return None
+    boxes = ndimage.find_objects(parts)
+    first, last = (np.array([[getattr(side, end) for side in box] for box in boxes]) for end in ("start", "stop"))
+    mass, whole = np.bincount(parts.ravel())[1:].astype(float), np.array(ink.shape)
+    size, edges = last - first, np.concatenate([first, whole - last], axis=1) <= 0.01 * np.tile(whole, 2)
+    span, at_edge = size / whole, np.asarray(edges.any(axis=1))
+    framing = np.zeros(count, bool)
+    for i in np.argsort(-mass)[:6]:
+        around = span[i].min() > 0.75 or (span[i].max() > 0.75 and span[i].min() < 0.1)
+        around |= edges[i].sum() > 1 and span[i].max() > 0.5
+        others = span[(np.arange(count) != i) & ~framing]
+        if around and others.max(initial=0) > 0.15:
+            framing[i] = 2 * half_width(parts[boxes[i]] == i + 1) < 0.07 * whole.min()
+    off_center = ((first + last) / 2 / whole - 0.5) ** 2
+    likely = mass * np.exp(-3 * off_center.sum(1)) * np.minimum(1, span.max(1) / 0.12) ** 2
+    main = int((likely * np.where(at_edge, 0.3, 1) * ~framing).argmax())
+
+    gap = np.maximum(first - last[main], first[main] - last).max(1)
+    own = (mass >= 0.05 * mass[main]) & (gap <= max(2.0, 0.12 * size[main].max())) & ~framing
+    own &= ~at_edge | at_edge[main]
+    own[main] = True
+    alike = (size[:, 0] > 0.5 * size[main, 0]) & (mass > 0.1 * mass[main]) & ~at_edge & ~framing
+    apart = np.maximum(first[:, 1] - last[main, 1], first[main, 1] - last[:, 1])
+    alike &= apart > -0.15 * np.minimum(size[:, 1], size[main, 1])
+    together = np.maximum(last, last[main]) - np.minimum(first, first[main])
+    alike &= together[:, 1] > 0.75 * together[:, 0]  # otherwise they are two strokes of one digit
+    alike[main] = False
+    aside = False
+    if alike.any() and size[main, 0] > 8 and not at_edge[main]:
+        distance = ndimage.distance_transform_edt(parts != main + 1)
+        aside = any(distance[parts == i + 1].min() > 0.07 * size[main, 0] for i in np.flatnonzero(alike))
+
+    mask = np.append(False, own)[parts]
+    others = (parts > 0) & ~mask
+    return Shape(
+        mask,
+        others,
+        aside,
+        contact=float(border(mask).mean()),
+        width=2 * half_width(mask[boxes[main]]) / size[main].max(),
+        width_of_others=2 * half_width(others) / whole.min() if others.sum() > mask.sum() else 0.0,
+    )
+
+
+def _without_lines(mask: np.ndarray, faint: np.ndarray) -> np.ndarray:
+    """``mask`` without thin straight lines that cross the image; strokes that they cross stay.
+
+    Args:
+        mask: The strokes, bool [H, W].
+        faint: The same with what is too faint for a stroke.
+    """
+    if min(mask.shape) < 2 * SIDE:
+        return mask
+    for transposed in (False, True):
+        inked, seen = (mask.T, faint.T) if transposed else (mask, faint)
+        margin = max(1, seen.shape[1] // 12)
+        if seen[:, :margin].any() and seen[:, -margin:].any():
+            lines = _lines(inked, seen)
+            mask = mask & ~(lines.T if transposed else lines)
+    return mask
+
+
+def _lines(inked: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The pixels of ``inked`` that belong to thin lines from left to right, and to no stroke."""
+    high, wide = seen.shape
+    joined = ndimage.minimum_filter1d(ndimage.maximum_filter1d(seen, 5, axis=1), 5, axis=1)  # over gaps
+    thickest = max(3, round(0.06 * min(seen.shape)))
+    thin = _opened(joined, max(9, wide // 12), 1) & ~_opened(seen, thickest + 1, 0)
+    parts, _ = ndimage.label(ndimage.maximum_filter1d(thin, 2 * (wide // 12), axis=1), EVERY)
+    near, lines, x = ndimage.maximum_filter1d(seen, 3, axis=0), np.zeros_like(seen), np.arange(wide)
+    strokes: dict[int, np.ndarray] = {}  # wider than so many pixels
+    for number, box in enumerate(ndimage.find_objects(parts), 1):
+        if box[1].stop - box[1].start < 0.3 * wide:
+            continue
+        rows, columns = np.nonzero((parts[box] == number) & thin[box])
+        if not (fit := _fitted_line(columns + box[1].start, rows + box[0].start)):
+            continue
+        slope, start, thickness = fit
+        y = np.round(slope * x + start).astype(int)
+        inside = (y >= 0) & (y < high)
+        if abs(slope) > MAX_SLOPE or inside.mean() < 0.8 or near[y[inside], x[inside]].mean() < 0.9:
+            continue
+        width = int(1.6 * thickness + 1.5)
+        if width not in strokes:
+            strokes[width] = _opened(inked, width, 0)
+        reach = int(thickness / 2 + 1.5)
+        rows = (y + np.arange(-reach, reach + 1)[:, None]).clip(0, high - 1)
+        lines[rows, x] |= ~strokes[width][rows, x]
+    return lines
+
+
+def _fitted_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | None:
+    """Slope, start and thickness of the line that most of the pixels are on, although strokes adjoin it; None if none is."""
+    if len(x) < 10:
+        return None
+    left, right = x <= np.quantile(x, 1 / 3), x >= np.quantile(x, 2 / 3)
+    distance = np.median(x[right]) - np.median(x[left])
+    if distance < 1:
+        return None
+    slope = (np.median(y[right]) - np.median(y[left])) / distance
+    off = y - slope * x
+    on = np.abs(off - np.median(off)) < 3
+    if on.sum() < 10:
+        return None
+    slope, start = np.polyfit(x[on], y[on], 1)
+    return float(slope), float(start), float(on.sum() / len(np.unique(x[on])))
+
+
+def _opened(mask: np.ndarray, length: int, axis: int) -> np.ndarray:
+    """The runs of at least ``length`` pixels along ``axis``."""
+    eroded = ndimage.minimum_filter1d(mask, length, axis=axis)
+    return np.asarray(ndimage.maximum_filter1d(eroded, length, axis=axis, origin=length % 2 - 1))
+
+
+def _fitted(ink: np.ndarray, shape: Shape, refuse: bool) -> np.ndarray:
+    """
+    Raises:
+        ImageError: ``refuse``, and another shape is beside the digit.
+    """
+    if refuse and shape.aside:
+        raise ImageError("shows two shapes side by side instead of one digit")
+    around = 2 * max(1, max(ink.shape) // 100) + 1
+    ink = ink * (ndimage.maximum_filter(shape.mask, around) & ~shape.others)
+    rows, columns = (np.flatnonzero((ink > FAINT).any(axis)) for axis in (1, 0))
+    ink = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    scale = BOX / max(ink.shape)
+    height, width = (max(1, round(side * scale)) for side in ink.shape)
+    fitted = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.HAMMING))
+    fitted = (fitted * (255 / fitted.max())).clip(0, 255)
+    image = np.zeros((SIDE, SIDE), np.uint8)
+    top, left = (
+        min(max(round((SIDE - 1) / 2 + 0.5 - center), 0), SIDE - side)
+        for center, side in zip(ndimage.center_of_mass(fitted), fitted.shape, strict=True)
+    )
+    image[top : top + height, left : left + width] = fitted.round()
+    return image
+
+
+def _thickened(ink: np.ndarray) -> np.ndarray:
+    """Dilate strokes that would be too thin in the 20x20 box."""
+    box_pixel = max(ink.shape) / BOX
+    inside = np.pad(ink > 0.5, 1)
+    edge = inside & ~ndimage.binary_erosion(inside)
+    thickness = 2 * inside.sum() / max(edge.sum(), 1)
+    missing = round((MIN_STROKE * box_pixel - thickness) / 2)
+    return ndimage.grey_dilation(np.pad(ink, missing), size=2 * missing + 1) if missing > 0 else ink
