@@ -112,28 +112,53 @@ def _find(ink: np.ndarray) -> Shape | None:
     if not count:
         return None
     boxes = ndimage.find_objects(parts)
+    if count == 1:
+        main, own, aside = 0, np.array([True]), False
+    else:
+        main, own, aside = _chosen(parts, boxes)
+    mask = np.append(False, own)[parts]
+    others = (parts > 0) & ~mask
+    more = np.count_nonzero(others) > np.count_nonzero(mask)
+    return Shape(
+        mask,
+        others,
+        aside,
+        contact=float(border(mask).mean()),
+        width=2 * half_width(mask[boxes[main]]) / max(side.stop - side.start for side in boxes[main]),
+        width_of_others=2 * half_width(others) / min(ink.shape) if more else 0.0,
+    )
+
+
+def _chosen(parts: np.ndarray, boxes: list[tuple[slice, slice]]) -> tuple[int, np.ndarray, bool]:
+    """
+    Args:
+        parts: The number of the part that each pixel belongs to, from 1, or 0.
+        boxes: Of each part.
+
+    Returns:
+        The index of the digit's main part, which parts are the digit's, and whether another shape is beside it.
+    """
     first, last = (np.array([[getattr(side, end) for side in box] for box in boxes]) for end in ("start", "stop"))
-    mass, whole = np.bincount(parts.ravel())[1:].astype(float), np.array(ink.shape)
+    mass, whole = np.bincount(parts.ravel())[1:].astype(float), np.array(parts.shape)
     size, edges = last - first, np.concatenate([first, whole - last], axis=1) <= 0.01 * np.tile(whole, 2)
     span, at_edge = size / whole, np.asarray(edges.any(axis=1))
-    framing = np.zeros(count, bool)
+    framing = np.zeros(len(boxes), bool)
     for i in np.argsort(-mass)[:6]:
         around = span[i].min() > 0.75 or (span[i].max() > 0.75 and span[i].min() < 0.1)
         around |= edges[i].sum() > 1 and span[i].max() > 0.5
-        others = span[(np.arange(count) != i) & ~framing]
+        others = span[(np.arange(len(boxes)) != i) & ~framing]
         if around and others.max(initial=0) > 0.15:
             framing[i] = 2 * half_width(parts[boxes[i]] == i + 1) < 0.07 * whole.min()
     off_center = ((first + last) / 2 / whole - 0.5) ** 2
     likely = mass * np.exp(-3 * off_center.sum(1)) * np.minimum(1, span.max(1) / 0.12) ** 2
     main = int((likely * np.where(at_edge, 0.3, 1) * ~framing).argmax())
 
-    gap = np.maximum(first - last[main], first[main] - last).max(1)
-    own = (mass >= 0.05 * mass[main]) & (gap <= max(2.0, 0.12 * size[main].max())) & ~framing
+    gap = np.maximum(first - last[main], first[main] - last)
+    own = (mass >= 0.05 * mass[main]) & (gap.max(1) <= max(2.0, 0.12 * size[main].max())) & ~framing
     own &= ~at_edge | at_edge[main]
     own[main] = True
     alike = (size[:, 0] > 0.5 * size[main, 0]) & (mass > 0.1 * mass[main]) & ~at_edge & ~framing
-    apart = np.maximum(first[:, 1] - last[main, 1], first[main, 1] - last[:, 1])
-    alike &= apart > -0.15 * np.minimum(size[:, 1], size[main, 1])
+    alike &= gap[:, 1] > -0.15 * np.minimum(size[:, 1], size[main, 1])
     together = np.maximum(last, last[main]) - np.minimum(first, first[main])
     alike &= together[:, 1] > 0.75 * together[:, 0]  # otherwise they are two strokes of one digit
     alike[main] = False
@@ -141,17 +166,7 @@ def _find(ink: np.ndarray) -> Shape | None:
     if alike.any() and size[main, 0] > 8 and not at_edge[main]:
         distance = ndimage.distance_transform_edt(parts != main + 1)
         aside = any(distance[parts == i + 1].min() > 0.07 * size[main, 0] for i in np.flatnonzero(alike))
-
-    mask = np.append(False, own)[parts]
-    others = (parts > 0) & ~mask
-    return Shape(
-        mask,
-        others,
-        aside,
-        contact=float(border(mask).mean()),
-        width=2 * half_width(mask[boxes[main]]) / size[main].max(),
-        width_of_others=2 * half_width(others) / whole.min() if others.sum() > mask.sum() else 0.0,
-    )
+    return main, own, aside
 
 
 def _without_lines(mask: np.ndarray, faint: np.ndarray) -> np.ndarray:
@@ -240,9 +255,10 @@ def _fitted(ink: np.ndarray, shape: Shape, refuse: bool) -> np.ndarray:
     fitted = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.HAMMING))
     fitted = (fitted * (255 / fitted.max())).clip(0, 255)
     image = np.zeros((SIDE, SIDE), np.uint8)
+    profiles = fitted.sum(1), fitted.sum(0)
+    centers = (float(profile @ np.arange(len(profile)) / profile.sum()) for profile in profiles)
     top, left = (
-        min(max(round((SIDE - 1) / 2 + 0.5 - center), 0), SIDE - side)
-        for center, side in zip(ndimage.center_of_mass(fitted), fitted.shape, strict=True)
+        min(max(round(SIDE / 2 - center), 0), SIDE - side) for center, side in zip(centers, fitted.shape, strict=True)
     )
     image[top : top + height, left : left + width] = fitted.round()
     return image
