@@ -39,6 +39,8 @@ def ink_on_sheet(grey: np.ndarray) -> np.ndarray | None:
     if whole.mean() < 0.6 or half_width(whole) < 0.15 * max(whole.shape):  # it is a stroke itself
         return None
     inner = ndimage.binary_erosion(filled, iterations=1 + min(whole.shape) // 30, border_value=1)
+    if not inner.any():
+        return None
     level, outside = np.median(grey[sheet]), np.median(grey[~filled])
     if outside > 0.5 * level or level - np.percentile(grey[inner], 0.3) < 0.3 * (level - outside):
         return None
@@ -85,6 +87,8 @@ def ink_beside(grey: np.ndarray) -> np.ndarray | None:
     dark = ndimage.grey_closing(smooth, window) - smooth
     light = smooth - ndimage.grey_opening(smooth, window)
     ink = dark if _is_dark(dark, light, smooth) else light
+    if ink.max() < MIN_LOG_CONTRAST:
+        raise ImageError("is blank")
     full = float(np.percentile(ink[ink > 0.4 * ink.max()], 60))
     noise = 1.4826 * float(np.median(np.abs(ink - np.median(ink))))
     if full < max(MIN_LOG_CONTRAST, 4 * noise):
