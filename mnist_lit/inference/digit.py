@@ -27,6 +27,7 @@ STROKE = 0.45  # of full ink belongs to a stroke
 FAINT = 0.2  # of full ink may belong to a line of the paper
 MAX_SLOPE = 0.1  # of the lines of the paper
 EVERY = np.ones((3, 3), bool)  # a pixel's eight neighbours touch it
+MOMENTS = np.array([np.ones(SIDE), np.arange(SIDE)], np.float32)
 
 
 def to_mnist(grey: np.ndarray, refuse: bool = True) -> np.ndarray:
@@ -93,17 +94,18 @@ class Shape(NamedTuple):
 
 
 def _has_mnists_form(grey: np.ndarray) -> bool:
-    paper = np.median(border(grey))
-    if grey.shape != (SIDE, SIDE) or paper >= (grey.min() + grey.max()) / 2:
+    if grey.shape != (SIDE, SIDE):
         return False
-    light = (grey - paper).clip(0)
-    for axis in (0, 1):
-        total, highest = light.sum(axis), light.max(axis)
-        center = float(total @ np.arange(SIDE) / total.sum())
-        inked = np.flatnonzero(highest > 0.1 * highest.max())
-        if abs(center - (SIDE - 1) / 2) > 1.5 or inked[-1] - inked[0] > BOX:
-            return False
-    return True
+    edge, highest = border(grey), float(grey.max())
+    paper = float(np.partition(edge, len(edge) // 2)[len(edge) // 2])  # np.median takes ten times as long
+    if paper >= (float(grey.min()) + highest) / 2:
+        return False
+    light = np.maximum(grey - paper, 0)
+    (total, x), (y, _) = MOMENTS @ light @ MOMENTS.T
+    inked = light > 0.1 * (highest - paper)
+    rows, columns = inked.any(axis=1).nonzero()[0], inked.any(axis=0).nonzero()[0]
+    centred = max(abs(place / total - (SIDE - 1) / 2) for place in (x, y)) < 1.5
+    return bool(centred and max(rows[-1] - rows[0], columns[-1] - columns[0]) <= BOX)
 
 
 def _find(ink: np.ndarray) -> Shape | None:
