@@ -99,7 +99,8 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
     """Each image file once, with an empty string; and each pattern that matches none, with the reason.
 
     Args:
-        patterns: Files; folders, which are searched recursively; glob patterns such as ``a/*.png``.
+        patterns: Files; folders, which are searched recursively; glob patterns such as ``a/*.png``; ``-``, which is the
+            standard input.
     """
     from mnist_lit.inference.images import ENDINGS
 
@@ -111,6 +112,9 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
 
     seen = set()
     for pattern in map(os.path.expanduser, map(str, patterns)):
+        if pattern == "-":
+            yield pattern, ""
+            continue
         if Path(pattern).exists() or not glob.has_magic(pattern):
             matches, error = [pattern], f"this folder has no images ({', '.join(ENDINGS)})"
         else:
@@ -122,6 +126,27 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
             if file not in seen:
                 seen.add(file)
                 yield file, "" if Path(file).exists() else "no such file"
+
+
+def skipped(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
+    """What is in the folders among ``patterns`` and not taken for an image, and why."""
+    from mnist_lit.inference.images import ENDINGS
+
+    for folder in (Path(os.path.expanduser(pattern)) for pattern in patterns):
+        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            image = file.suffix.lower() in ENDINGS
+            if file.is_dir():
+                reason = "is a folder" if image else ""
+            elif not file.is_file():
+                reason = "is not a regular file" if file.exists() else "is a broken link"
+            elif file.name.startswith("."):
+                reason = "is hidden"
+            else:
+                reason = (
+                    "" if image else f"has the ending {file.suffix} of no image" if file.suffix else "has no ending"
+                )
+            if reason:
+                yield str(file), reason
 
 
 @contextmanager
@@ -155,7 +180,8 @@ def _load_batch(paths: list[str], preprocess: str, refuse: bool) -> list[LoadedI
         warnings.simplefilter("ignore")  # Pillow's, about unusual files
         for path in paths:
             try:
-                loaded.append((path, prepare(path, preprocess, refuse), ""))
+                file = sys.stdin.buffer if path == "-" else path
+                loaded.append((path, prepare(file, preprocess, refuse), ""))
             except ImageError as error:
                 loaded.append((path, None, str(error)))
     return loaded
@@ -176,6 +202,7 @@ def _command(**values: Any) -> None:
     """Run ``predict`` and print the results; at the end, a UserError if some images could not be predicted."""
     rows = predict(**values)
     failed = [row for row in rows if row["error"]]
+    left_out = list(skipped([values["images"]] if isinstance(values["images"], str) else values["images"]))
     if values["output"]:
         print(f"{values['output']}: {len(rows) - len(failed):,} images")
     else:
@@ -184,6 +211,10 @@ def _command(**values: Any) -> None:
                 print(f"{row['file']}: {row.get('name', row['digit'])} ({row['probability']:.2%})")
     for row in failed[:20]:
         print(f"{row['file']}: {row['error']}", file=sys.stderr)
+    for file, reason in left_out[:20]:
+        print(f"{file}: skipped, {reason}", file=sys.stderr)
+    if left_out:
+        print(f"{len(left_out):,} file{'s' * (len(left_out) > 1)} skipped", file=sys.stderr)
     if failed:
         raise UserError(f"{len(failed):,} of {len(rows):,} images could not be predicted")
 

@@ -395,7 +395,7 @@ def picture(folder: Path) -> Reader:
     ink[10:50, 25:35] = 255
     sources = {}
     for format, mode in (("PNG", "L"), ("PNG", "RGBA"), ("JPEG", "RGB"), ("BMP", "RGB"), ("TIFF", "L"), ("TIFF", "I;16"),
-                         ("WEBP", "RGB"), ("PNG", "P")):  # fmt: skip
+                         ("WEBP", "RGB"), ("PNG", "P"), ("GIF", "P"), ("AVIF", "RGB"), ("JPEG2000", "L")):  # fmt: skip
         image = Image.fromarray(ink).convert("L" if mode == "I;16" else mode)
         file = io.BytesIO()
         if mode == "I;16":

@@ -176,6 +176,9 @@ def test_an_image_in_mnists_form_is_unchanged_in_every_format_and_mode(digits) -
     for format in ("BMP", "TIFF", "PNG"):
         assert_same(prepare(saved(grey, format)), digit)
     assert_same(prepare(saved(grey, "WEBP", lossless=True)), digit)
+    assert_same(prepare(saved(grey, "GIF")), digit)
+    assert_same(prepare(saved(grey, "JPEG2000")), digit)
+    assert abs(prepare(saved(grey, "AVIF", quality=95)).astype(int) - digit).max() < 40
     assert abs(prepare(saved(grey, "JPEG", quality=95)).astype(int) - digit).max() < 40
     assert_same(prepare(saved(digit.astype(np.uint16) * 257)), digit)  # 16 bits
     assert_same(prepare(saved(Image.fromarray(digit / np.float32(255)), "TIFF")), digit)  # floating point
@@ -225,15 +228,15 @@ def test_31_what_cannot_be_read_gets_one_line(digits, tmp_path: Path) -> None:
     cases: dict[str, list[Any]] = {
         r"cannot be read \(No such file or directory\)": [tmp_path / "nowhere.png"],
         r"cannot be read \(Is a directory\)": [tmp_path / "folder"],
-        "is not an image in PNG, JPEG, BMP, TIFF or WEBP format": [
+        "is not an image in PNG, JPEG, BMP, TIFF, WEBP, GIF, AVIF or JPEG2000 format": [
             io.BytesIO(b"hello"),
             io.BytesIO(),
-            saved(two[0], "GIF", save_all=True, append_images=two[1:]),
         ],
         "is damaged": [io.BytesIO(png[: len(png) // 2]), io.BytesIO(broken(png, 60))],
         "has more than 80,000,000 pixels|more than 80,000,000": [io.BytesIO(bomb)],
         "contains several images instead of one": [
-            saved(two[0], format, save_all=True, append_images=two[1:]) for format in ("PNG", "TIFF", "WEBP")
+            saved(two[0], format, save_all=True, append_images=two[1:])
+            for format in ("PNG", "TIFF", "WEBP", "GIF", "AVIF")
         ],
         "is blank": [
             saved(np.full(shape, level, np.uint8))
@@ -304,7 +307,7 @@ def test_31_images_of_odd_shapes_are_read() -> None:
 def test_random_and_mutated_files_are_read_or_refused(digits) -> None:
     draw = np.random.default_rng(0)
     sources = [saved(Image.fromarray(scaled(digits[0][0], 60)), format).getvalue() for format in
-               ("PNG", "JPEG", "BMP", "TIFF", "WEBP")]  # fmt: skip
+               ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")]  # fmt: skip
     for _ in range(400):
         content = bytearray(sources[draw.integers(len(sources))])
         for _ in range(draw.integers(1, 6)):

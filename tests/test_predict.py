@@ -1,7 +1,10 @@
 """Predictions for image files, as a function and as a command; the numbers are the rows of docs/faults.md."""
 
 import csv
+import importlib.util
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +20,7 @@ from PIL import Image
 
 from mnist_lit import UserError, predict
 from mnist_lit.inference.trained import load
-from mnist_lit.predict import COLUMNS, find_images
+from mnist_lit.predict import COLUMNS, find_images, skipped
 from mnist_lit.predict import predict as predict_images
 
 
@@ -121,11 +124,19 @@ def test_31_predict_as_a_command_with_good_and_bad_images(
     done = command(*arguments, "output=result 1.csv", cwd=folder, verb=verb)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stdout == "result 1.csv: 12 images\n"
-    summary, blank, cut, text = sorted(done.stderr.splitlines())
+    skipped = [line for line in done.stderr.splitlines() if "skipped" in line]
+    assert skipped == [
+        "scans (1), mine/.hidden.png: skipped, is hidden",
+        "scans (1), mine/notes.txt: skipped, has the ending .txt of no image",
+        "2 files skipped",
+    ]
+    summary, blank, cut, text = sorted({*done.stderr.splitlines()} - {*skipped})
     assert summary == "predict: 3 of 15 images could not be predicted"
     assert blank == "scans (1), mine/blank.png: is blank"
     assert cut.startswith("scans (1), mine/cut.png: is damaged (")
-    assert text == "scans (1), mine/text.png: is not an image in PNG, JPEG, BMP, TIFF or WEBP format"
+    assert (
+        text == "scans (1), mine/text.png: is not an image in PNG, JPEG, BMP, TIFF, WEBP, GIF, AVIF or JPEG2000 format"
+    )
     with (folder / "result 1.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS and len(rows) == 15
@@ -158,3 +169,38 @@ def test_it_starts_without_lightning_and_torchvision(good_run: Path, scans: Path
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert len(done.stdout.splitlines()) == 13
+
+
+def test_what_is_skipped_in_a_folder_is_named(scans: Path) -> None:
+    (scans / "folder.png").mkdir()
+    (scans / "loop.png").symlink_to("loop.png")
+    (scans / "gone.jpg").symlink_to("nowhere.jpg")
+    (scans / "noending").write_text("")
+    os.mkfifo(scans / "pipe.png")
+    reasons = {Path(file).name: reason for file, reason in skipped([scans])}
+    assert reasons == {
+        ".hidden.png": "is hidden",
+        "folder.png": "is a folder",
+        "gone.jpg": "is a broken link",
+        "loop.png": "is a broken link",
+        "noending": "has no ending",
+        "notes.txt": "has the ending .txt of no image",
+        "pipe.png": "is not a regular file",
+    }
+    assert len(list(find_images([scans]))) == 12 and not list(skipped([scans / "01.tif", scans / "*.png"]))
+
+
+def test_the_standard_input_is_an_image(good_run: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file,) = predict_images(scans / "01.tif", good_run)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((scans / "01.tif").read_bytes())))
+    (given,) = predict_images("-", good_run)
+    assert given == {**file, "file": "-"}
+
+
+def test_heic_says_which_package_it_needs(good_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    (row,) = predict_images(tmp_path / "phone.heic", good_run)
+    if importlib.util.find_spec("pillow_heif"):
+        assert row["error"].startswith("is")
+    else:
+        assert row["error"] == "is a HEIC image, which needs a package: pip install pillow-heif"

@@ -103,7 +103,7 @@ def _has_mnists_form(grey: np.ndarray) -> bool:
     light = np.maximum(grey - paper, 0)
     (total, x), (y, _) = MOMENTS @ light @ MOMENTS.T
     inked = light > 0.1 * (highest - paper)
-    rows, columns = inked.any(axis=1).nonzero()[0], inked.any(axis=0).nonzero()[0]
+    rows, columns = (np.flatnonzero(inked.any(axis)) for axis in (1, 0))
     centred = max(abs(place / total - (SIDE - 1) / 2) for place in (x, y)) < 1.5
     return bool(centred and max(rows[-1] - rows[0], columns[-1] - columns[0]) <= BOX)
 

@@ -3,6 +3,7 @@
 Imports only Pillow, NumPy and SciPy, so that worker processes start quickly.
 """
 
+import importlib
 import io
 import os
 import stat
@@ -17,8 +18,12 @@ from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 from mnist_lit.inference.digit import to_mnist
 from mnist_lit.inference.ink import SIDE, ImageError
 
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")  # MPO is a JPEG
+ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".avif"),
+    *(".jp2", ".j2k", ".jpx", ".heic", ".heif"),
+)
+HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")  # how the content of such a file begins
 MAX_PIXELS = 80_000_000  # four times a phone camera's resolution; up to 1.7 GB while one is read
 MAX_BYTES = 2**26  # of a file: 20 million uncompressed pixels in colour
 MAX_SCANS = 50  # of a progressive JPEG with as many pixels as allowed; cameras and editors write ten
@@ -27,7 +32,7 @@ WORKING_SIDE = 256  # larger images are first reduced by a whole factor to about
 
 # What Pillow raises for truncated or corrupted files.
 DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, MemoryError, struct.error, zlib.error
+    OSError, RuntimeError, SyntaxError, ValueError, TypeError, IndexError, EOFError, MemoryError, struct.error, zlib.error
 )  # fmt: skip
 
 
@@ -62,6 +67,8 @@ def read_grey(
     """
     try:
         content = _content(file)
+        if content[4:12] in HEIC and formats is FORMATS:
+            formats = (*formats, _registered_heif())
         with Image.open(io.BytesIO(content), formats=formats) as image:
             _check_size(image, content, max_pixels)
             image.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # JPEG: decode at down to 1/8 scale
@@ -94,6 +101,18 @@ def _content(file: str | Path | BinaryIO) -> bytes:
     return content
 
 
+def _registered_heif() -> str:
+    """
+    Raises:
+        ImageError: The package that reads HEIC is not installed.
+    """
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError as error:
+        raise ImageError("is a HEIC image, which needs a package: pip install pillow-heif") from error
+    return "HEIF"
+
+
 def _check_size(image: Image.Image, content: bytes, max_pixels: int) -> None:
     """
     Raises:
@@ -101,6 +120,8 @@ def _check_size(image: Image.Image, content: bytes, max_pixels: int) -> None:
     """
     if image.width * image.height > max_pixels:
         raise ImageError(f"has {image.width}x{image.height} pixels, more than {max_pixels:,}")
+    if image.format == "JPEG2000" and 4 * image.width * image.height > max_pixels:  # each takes four times the memory
+        raise ImageError(f"has {image.width}x{image.height} pixels, more than {max_pixels // 4:,} in JPEG 2000")
     # Not n_frames: to count a TIFF's pages takes a time that grows with their square. MPO: a camera's JPEG with a preview.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise ImageError("contains several images instead of one")
