@@ -54,6 +54,26 @@ def run_composed(task: Any, config: Any) -> None:
 # Lightning 2.6.6
 
 
+def estimated_steps(trainer: "L.Trainer") -> float:
+    """``trainer.estimated_stepping_batches``, after which a resumed run still goes on within its epoch.
+
+    To know the length, Lightning makes the training loader. In a resumed run that is too early: the loader's state has not
+    been read yet, and Lightning would not make it again.
+    """
+    steps = trainer.estimated_stepping_batches
+    trainer.fit_loop._combined_loader = None
+    return steps
+
+
+def epoch_goes_on(trainer: "L.Trainer") -> None:
+    """Say, when a batch is trained, that the resumed run has left the point where it was resumed.
+
+    Otherwise Lightning does not step a ``ReduceLROnPlateau`` at the end of an epoch that was resumed within. The public
+    ``restarting`` would change the other loops, too.
+    """
+    trainer.fit_loop._restarting = False
+
+
 def validation_follows(trainer: "L.Trainer") -> bool:
     """Whether Lightning runs a validation loop right after the current training batch.
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from mnist_lit import UserError
+from mnist_lit import UserError, compat
 from mnist_lit.build import build
 
 OF_LIGHTNING = ("interval", "frequency", "monitor")  # the other keys are the arguments of the class
@@ -21,7 +21,7 @@ def for_lightning(config: Mapping[str, Any], optimizer: Optimizer, trainer: Any)
         UserError: As ``build_scheduler``.
     """
     by_step = config.get("interval", "epoch") == "step"
-    length = trainer.estimated_stepping_batches if by_step else trainer.max_epochs
+    length = compat.estimated_steps(trainer) if by_step else trainer.max_epochs
     settings = {key: config[key] for key in OF_LIGHTNING if key in config}
     return {"scheduler": build_scheduler(config, optimizer, length), **settings}
 

@@ -88,7 +88,8 @@ def train(
         with harness.fitting(lightning_trainer):
             start = resume if resume and Path(resume).is_file() else None
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
-        (test,) = lightning_trainer.test(classifier, datamodule, ckpt_path=checkpoints.best_path, verbose=False)
+        checkpoints.load_best(classifier)
+        (test,) = lightning_trainer.test(classifier, datamodule, verbose=False)
         results = {**test, **training_results(recorder, checkpoints), "seed": seed}
         results |= {**limits(trainer), **harness.conditions(lightning_trainer, datamodule)}
         results |= scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes"))

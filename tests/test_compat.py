@@ -154,6 +154,13 @@ class Restoring(L.Callback):
         return {"state": 1}
 
 
+def test_what_a_run_that_is_resumed_within_an_epoch_needs() -> None:
+    """That it goes on exactly is tested with each scheduler."""
+    loop = trainer_for().fit_loop
+    require(loop, "_combined_loader")
+    require(loop, "_restarting")
+
+
 def test_is_restoring(tmp_path: Path) -> None:
     """While hooks load, and still after one of them has failed; not in training."""
     data = MNISTDataModule(source="sample", batch_size=1000)

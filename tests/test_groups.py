@@ -72,8 +72,12 @@ def test_a_scheduler_ends_with_its_rate_and_resumes_exactly(
     content = torch.load(tmp_path / "whole" / runs.LAST, weights_only=True)
     (found,) = {group["lr"] for group in content["optimizer_states"][0]["param_groups"]}
     assert found == pytest.approx(rate, abs=1e-9)
-    for step in (4, 8):  # from the end of the first epoch, and of the second
-        assert_same(killed_and_resumed(tmp_path / str(step), step, *overrides), final(tmp_path / "whole"))
+    # From the end of the first epoch, and of the second; from within the second, and the third.
+    for step, every in ((4, 1000), (8, 1000), (5, 4), (8, 7)):
+        resumed = killed_and_resumed(
+            tmp_path / f"{step} {every}", step, *overrides, f"checkpoint.every_n_steps={every}"
+        )
+        assert_same(resumed, final(tmp_path / "whole"))
 
 
 def test_the_command_line_knows_which_schedules_are_as_long_as_the_run() -> None:
@@ -301,6 +305,22 @@ def test_several_callbacks_one_of_them_switched_off(tmp_path: Path) -> None:
     assert [name for name in names if "EMA" in name] and not [name for name in names if "EarlyStopping" in name]
 
 
+def test_averaged_weights_are_validated_saved_and_tested(tmp_path: Path) -> None:
+    overrides = [
+        "callbacks=ema",
+        "callbacks.ema.decay=0.9",
+        "data.val_size=100",
+        "trainer.max_epochs=2",
+        "optimizer=adam",
+    ]
+    tested = train(tmp_path / "run", **small(*overrides))
+    asked = settings("evaluate", f"ckpt={tmp_path / 'run'}", "data.source=sample", "trainer.accelerator=cpu")
+    asked["trainer"]["limit_test_batches"] = small()["trainer"]["limit_test_batches"]
+    asked["data"]["batch_size"] = small()["data"]["batch_size"]
+    again = evaluate(tmp_path / "again", **asked)
+    assert again["test/loss"] == pytest.approx(tested["test/loss"], rel=1e-6)
+
+
 def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     overrides = ["callbacks=early_stopping", "+callbacks.early_stopping.stopping_threshold=0.0", "data.val_size=100"]
     with caplog.at_level("INFO"):
@@ -322,6 +342,8 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         ),
         (["scheduler._target_=torch.optim.SGD", "scheduler=step"], "not a subclass of torch.optim.lr_scheduler"),
         (["callbacks=ema", "callbacks.ema.decay=much"], r"callbacks\.ema\.decay=much"),
+        (["+callbacks._target_=my.Callback"], r"callbacks: an entry has a name, .*mine: \{_target_: my.Callback"),
+        (["+logger._target_=my.Logger"], r"logger: an entry has a name, .*mine: \{_target_: my.Logger"),
         (
             ["trainer.strategy=ddp_spawn"],
             "strategy=ddp_spawn: its processes cannot hand back what this project records",

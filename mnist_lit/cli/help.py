@@ -24,6 +24,10 @@ def help_text(name: str, overrides: list[str], user_folder: str | None = None) -
     if text is None:
         return f"there is no {name}.yaml in {' or '.join(map(str, folders))}"
     chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
+    for body in [text_of(f"{group}/{option}") for group, option in chosen.items()]:  # an experiment chooses others
+        for entry in (yaml.safe_load(body or "") or {}).get("defaults", []):
+            for group, option in entry.items() if isinstance(entry, dict) else ():
+                chosen.setdefault(group.removeprefix("override /"), option)
     parts = [text]
     for entry in (yaml.safe_load(text) or {}).get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":

@@ -106,10 +106,20 @@ class Checkpoints(Checkpoint):
         path = self.folder / BEST
         return path if self.best and self.enabled and path.exists() else None
 
+    def load_best(self, pl_module: L.LightningModule) -> None:
+        """Load the weights of the best checkpoint, if there is one.
+
+        Lightning's ``ckpt_path`` would let callbacks load it, too, and those that average weights would put back the
+        weights that training goes on with.
+        """
+        if path := self.best_path:
+            pl_module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+
     # When to save
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._step_before = trainer.global_step
+        compat.epoch_goes_on(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not compat.validation_follows(trainer):

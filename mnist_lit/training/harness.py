@@ -93,7 +93,7 @@ def build_trainer(
             L.Trainer,
             plugins=[AtomicCheckpointIO(), *added["plugins"]],
             callbacks=callbacks,
-            logger=[_logger(name, options, folder, resumed) for name, options in (logger or {}).items()],
+            logger=[_logger(name, options, folder, resumed) for name, options in _entries("logger", logger)],
             default_root_dir=folder,
             use_distributed_sampler=not isinstance(datamodule, MNISTDataModule),  # its loaders distribute each batch
         )
@@ -112,7 +112,7 @@ def build_trainer(
 
 def build_callbacks(config: dict[str, Any] | None) -> list[L.Callback]:
     """The callbacks of the section ``callbacks``, which has the class and arguments of each by name; null is none."""
-    return [_build_named("callbacks", name, options, L.Callback) for name, options in (config or {}).items() if options]
+    return [_build_named("callbacks", *each, L.Callback) for each in _entries("callbacks", config)]
 
 
 def build_metrics(config: dict[str, Any] | None) -> dict[str, Metric]:
@@ -122,11 +122,9 @@ def build_metrics(config: dict[str, Any] | None) -> dict[str, Metric]:
         UserError: There is no such class, it does not accept its arguments, or it keeps every prediction.
     """
     built: dict[str, Metric] = {}
-    for name, options in (config or {}).items():
+    for name, options in _entries("metrics", config):
         if name in ("loss", "acc"):
             raise UserError(f"metrics.{name}: {name} is measured anyway; choose another name")
-        if not options:  # switched off by its name
-            continue
         built[name] = instantiate(f"metrics.{name}", options, Metric)  # type: ignore[type-abstract]
         if any(isinstance(state, list) for state in built[name].metric_state.values()):
             raise UserError(
@@ -305,6 +303,20 @@ def _logger(name: str, options: dict[str, Any], folder: Path, resumed: bool) -> 
     others = {key: value for key, value in options.items() if key != "save_dir"}
     place = str(folder / (options.get("save_dir") or ""))
     return _build_named("logger", name, others, loggers.Logger, save_dir=place)
+
+
+def _entries(group: str, config: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """The name and the options of each entry of a group of which several can be chosen, but for those switched off.
+
+    Raises:
+        UserError: A file of the group gives its entry no name.
+    """
+    if config and "_target_" in config:
+        target = config["_target_"]
+        raise UserError(
+            f"{group}: an entry has a name, so that several can be chosen: mine: {{_target_: {target}, ...}}"
+        )
+    return [(name, options) for name, options in (config or {}).items() if options]
 
 
 def _build_named(group: str, name: str, options: dict[str, Any], kind: Any, **defaults: Any) -> Any:
