@@ -52,13 +52,13 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "sentence"), REFUSALS)
 def test_help_shows_what_an_experiment_chooses() -> None:
     text = help_text("train", ["experiment=adam"])
     assert "# ---- optimizer: adam " in text and "amsgrad" in text
     assert "# ---- optimizer: sgd " in help_text("train", ["experiment=adam", "optimizer=sgd"])
 
 
+@pytest.mark.parametrize(("overrides", "sentence"), REFUSALS)
 def test_28_mistakes_are_refused_in_one_sentence(overrides: str, sentence: str) -> None:
     with pytest.raises(UserError) as error:
         settings("train", *overrides.split())
