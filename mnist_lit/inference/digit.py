@@ -156,7 +156,7 @@ def _chosen(parts: np.ndarray, boxes: list[tuple[slice, slice]]) -> tuple[int, n
     main = int((likely * np.where(at_edge, 0.3, 1) * ~framing).argmax())
 
     gap = np.maximum(first - last[main], first[main] - last)
-    own = (mass >= 0.05 * mass[main]) & (gap.max(1) <= max(2.0, 0.12 * size[main].max())) & ~framing
+    own = (mass >= 0.05 * mass[main]) & (gap.max(1) <= max(2.0, 0.5 * size[main].max())) & ~framing
     own &= ~at_edge | at_edge[main]
     own[main] = True
     alike = (size[:, 0] > 0.5 * size[main, 0]) & (mass > 0.1 * mass[main]) & ~at_edge & ~framing
