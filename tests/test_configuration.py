@@ -166,6 +166,7 @@ def test_every_key_of_the_schema_is_one_of_the_configuration() -> None:
         ("evaluate",),
         ("tune",),
         ("serve",),
+        ("runs",),
         ("predict", "images=a"),
         ("export", "output=a"),
     ):

@@ -21,7 +21,7 @@ FLOORS = [
     ["training", "inference", "reports"],
     ["cli"],
     ["sweeps"],
-    ["train", "evaluate", "predict", "export", "convert", "serve", "tune"],
+    ["train", "evaluate", "predict", "export", "convert", "serve", "tune", "runs"],
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
-from mnist_lit.cli.keys import OF_ONE_CLASS, PATHS
+from mnist_lit.cli.keys import OF_ONE_CLASS, PATHS, QUOTED
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
@@ -152,7 +152,7 @@ def quoted(argument: str) -> str:
     """``data.dir=a b`` as Hydra's grammar wants it, ``data.dir='a b'``; a leading ~ becomes the home folder."""
     key, equals, value = argument.partition("=")
     is_list = key == "images" and re.fullmatch(r"\[.*\]", value)
-    if not equals or key.lstrip("+") not in PATHS or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
+    if not equals or key.lstrip("+") not in QUOTED or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
         return argument
     return f"{key}={_in_quotes(os.path.expanduser(value))}"
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 # Their values are paths: Hydra's grammar would choke on spaces, =, commas, ~ or umlauts in them.
 PATHS = (
     *("data.dir", "hydra.run.dir", "hydra.sweep.dir", "storage", "resume", "ckpt"),
-    *("images", "output", "contact_sheet", "source", "target"),
+    *("images", "output", "contact_sheet", "source", "target", "folder"),
 )
+QUOTED = (*PATHS, "where")  # and this is a text with =
 # They may change without changing the run: where the data are (their checksum is compared), what is shown and recorded,
 # and the hardware, although another device or number of threads changes the last bits.
 MAY_CHANGE = (

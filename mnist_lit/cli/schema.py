@@ -121,6 +121,16 @@ class Serve(Verb, total=False):
     open_browser: Switch
 
 
+@forbids_more
+class Runs(TypedDict, total=False):
+    folder: Text
+    where: Text | None
+    sort: Text
+    compare: Annotated[list[Text | int], Field(min_length=2, max_length=10)] | None
+    output: Text | None
+    overwrite: Switch
+
+
 VERBS: dict[str, Any] = {
     "train": Train,
     "tune": Tune,
@@ -129,6 +139,7 @@ VERBS: dict[str, Any] = {
     "export": Export,
     "convert": Convert,
     "serve": Serve,
+    "runs": Runs,
 }
 
 

@@ -182,6 +182,41 @@ def _head(data_facts: dict[str, Any]) -> str:
     return f"# data: {data_facts['name']}, sha256 {data_facts.get('sha256', 'unknown')}"
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether a process has locked the run in ``folder``; False where the system cannot tell."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask are not in each other's way
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def read_text(path: Path, most: int) -> str:
+    """The content of a file that may be a stranger's.
+
+    Args:
+        most: The largest content to accept, in bytes.
+
+    Raises:
+        ValueError: It is longer, not UTF-8, or no regular file: a pipe would be waited for, and a device has no end.
+    """
+    if not path.is_file():
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return content.decode()
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` as JSON, with null for NaN and infinity, which JSON lacks."""
     content = {

@@ -30,3 +30,8 @@ def short(value: Any) -> str:
 def one_line(text: object, limit: int = 200) -> str:
     """Text from a file or an exception, for a message: on one line and not too long."""
     return " ".join(str(text).split())[:limit]
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """Like ``one_line``, with ? for what a terminal would obey or cannot show."""
+    return "".join(each if each.isprintable() else "?" for each in one_line(text, limit))
