@@ -9,8 +9,9 @@ from typing import Any
 
 from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
-from mnist_lit.reports.results import evaluation_table, only_showing
+from mnist_lit.reports.results import evaluation_table, limited_by, only_showing
 from mnist_lit.storage import runs
+from mnist_lit.storage.checkpoint_file import read_checkpoint
 from mnist_lit.storage.provenance import facts_of
 
 log = logging.getLogger("mnist_lit.evaluate")
@@ -52,7 +53,7 @@ def evaluate(
         from mnist_lit.reports.scores import PredictionCollector, scores
         from mnist_lit.training import harness
 
-    classifier = load_classifier(path, trust)
+    classifier, temperature = load_classifier(path, trust), read_checkpoint(path).get("temperature")
     classifier.metrics["test_metrics"] = StageMetrics(harness.build_metrics(metrics))
     datamodule, predictions = instantiate("data", data, L.LightningDataModule), PredictionCollector()
     lightning_trainer = harness.build_trainer(folder, trainer, None, [predictions], datamodule)
@@ -62,9 +63,10 @@ def evaluate(
         (test,) = lightning_trainer.test(classifier, datamodule, verbose=False)
         results = {
             **test,
-            **scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes")),
+            **scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes"), temperature),
             "ckpt": runs.display_path(path.absolute()),
             "trained_on": classifier.trained_on,
+            "limited": limited_by(trainer),
             "test_seconds": time.perf_counter() - started,
             **harness.conditions(lightning_trainer, datamodule),
         }

@@ -118,8 +118,9 @@ class MNISTClassifier(L.LightningModule):
                 batch = (self.augment(batch[0]), batch[1])
         return self._step("train", batch)[0]
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step("val", batch)
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Logits [B, 10], which callbacks receive."""
+        return self._step("val", batch)[1]
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Probabilities [B, 10], which callbacks receive."""

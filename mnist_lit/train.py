@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit.cli.launch import launch, loading
-from mnist_lit.reports.results import limits, only_showing, results_of_finished_run, training_results, training_table
+from mnist_lit.reports.results import (
+    limited_by,
+    limits,
+    only_showing,
+    results_of_finished_run,
+    training_results,
+    training_table,
+)
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import facts_of
 
@@ -59,6 +66,7 @@ def train(
         from mnist_lit.reports.report import learning_curve, write_report
         from mnist_lit.reports.scores import PredictionCollector, scores
         from mnist_lit.training import harness
+        from mnist_lit.training.calibration import Calibration
         from mnist_lit.training.callbacks import SeedEachBatch, StopOnNaN
         from mnist_lit.training.recorder import RunRecorder
 
@@ -72,7 +80,8 @@ def train(
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
     checkpoints = harness.checkpoints(folder, checkpoint or {}, trainer)
     recorder, predictions = RunRecorder(folder), PredictionCollector()
-    own = [SeedEachBatch(seed), StopOnNaN(), recorder, checkpoints, predictions, *harness.build_callbacks(callbacks)]
+    own = [SeedEachBatch(seed), StopOnNaN(), Calibration(), recorder, checkpoints, predictions]
+    own += harness.build_callbacks(callbacks)
     lightning_trainer = harness.build_trainer(folder, trainer, logger, own, datamodule, resumed=bool(resume))
     harness.prepare_data(lightning_trainer, datamodule, trainer, scheduler)
 
@@ -91,8 +100,13 @@ def train(
         checkpoints.load_best(classifier)
         (test,) = lightning_trainer.test(classifier, datamodule, verbose=False)
         results = {**test, **training_results(recorder, checkpoints), "seed": seed}
-        results |= {**limits(trainer), **harness.conditions(lightning_trainer, datamodule)}
-        results |= scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes"))
+        results |= {
+            **limits(trainer),
+            "limited": limited_by(trainer),
+            **harness.conditions(lightning_trainer, datamodule),
+        }
+        classes, temperature = facts_of(datamodule).get("classes"), results.get("val/temperature")
+        results |= scores(predictions.probabilities, predictions.labels, classes, temperature)
         if is_first:
             runs.write_json(folder / "metrics.json", results)
             log.info("\n%s", training_table(results, folder))

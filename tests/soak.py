@@ -110,8 +110,7 @@ def outcome(folder: Path) -> Any:
     paths = [path for name in ("last", "best") if (path := folder / f"checkpoints/{name}.ckpt").exists()]
     files = [torch.load(path, weights_only=True) for path in paths]
     table = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
-    column = table[0].index("epoch_seconds")
-    rows = [row[:column] + row[column + 1 :] for row in table]
+    rows = [dict(zip(table[0], row, strict=True)) for row in table]
     return unmeasured([files, rows, json.loads((folder / "metrics.json").read_text())])
 
 

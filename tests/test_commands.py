@@ -72,7 +72,7 @@ def test_27_two_runs_of_the_same_second_get_two_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_terminal_gets_a_bar_with_loss_and_accuracy(tmp_path: Path) -> None:
+def test_a_terminal_gets_a_bar_with_loss_accuracy_and_images_per_second(tmp_path: Path) -> None:
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 100))
     process = subprocess.Popen(
@@ -94,7 +94,7 @@ def test_a_terminal_gets_a_bar_with_loss_and_accuracy(tmp_path: Path) -> None:
     os.close(master)
     text = shown.decode()
     assert process.wait() == 0, text
-    assert re.search(r"\repoch 1/1: .*\d+/40 .*loss=\d\.\d{4}, acc=\d\.\d{4}", text), text
+    assert re.search(r"\repoch 1/1: .*\d+/40 .*loss=\d\.\d{4}, acc=\d\.\d{4}, images/s=\d[\d,]*\]", text), text
     assert len(re.findall(r"^epoch 1/1  train/loss", text.replace("\r", "\n"), re.MULTILINE)) == 1
 
 

@@ -41,6 +41,9 @@ def test_metrics_csv_has_a_row_an_epoch_that_agrees_with_the_results(finished_ru
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[-1]["train/loss"]) == results["train/loss"]
     assert [float(row["epoch_seconds"]) for row in rows] == results["epoch_seconds"]
+    images = 3 * small()["data"]["batch_size"]
+    for row in rows:
+        assert float(row["images_per_second"]) == pytest.approx(images / float(row["epoch_seconds"]))
     assert {(row["data"], row["data_sha256"]) for row in rows} == {("mnist-sample", results["data"]["sha256"])}
 
 

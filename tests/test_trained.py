@@ -1,6 +1,7 @@
 """Resolving ``ckpt=`` and loading a trained network without Lightning."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from helpers import ROOT, assert_same
 
 from mnist_lit import UserError
 from mnist_lit.cli.latest import resolve
+from mnist_lit.cli.resume import find as find_run
 from mnist_lit.inference.trained import find, load, load_classifier
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import why_not_to_test
@@ -38,6 +40,13 @@ def test_latest_is_the_newest_run_with_a_checkpoint_jobs_of_sweeps_too(
     hydra.mkdir(parents=True)
     (hydra / "config.yaml").touch()
     assert find(resolve("latest")) == Path("outputs/sweep/0") / runs.LAST
+    # All of these used a few batches only; a run that used all images is preferred.
+    assert find_run("latest", Path("outputs")).folder == Path("outputs/without")
+    config = Path("outputs/old/config.yaml")
+    config.write_text(re.sub("(limit_(train|test)_batches): .*", r"\1: null", config.read_text()))
+    os.utime(config, times=(1e9, 1e9))
+    assert find(resolve("latest")) == Path("outputs/old") / runs.LAST
+    assert find_run("latest", Path("outputs")).folder == Path("outputs/old")
     Path("latest").mkdir()  # a folder of that name takes precedence
     with pytest.raises(UserError, match="ckpt=latest: there is no checkpoint in this folder"):
         find(resolve("latest"))
@@ -54,11 +63,11 @@ def test_07_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(finis
         find(tmp_path / "nowhere")
 
 
-def test_the_network_alone_predicts_as_the_classifier_does(validated_run: Path, sample) -> None:
+def test_the_network_alone_predicts_as_the_classifier_does(finished_run: Path, sample) -> None:
     images, _ = next(iter(sample.test_dataloader()))
-    model = load(validated_run)
+    model = load(finished_run)
     with torch.no_grad():
-        expected = load_classifier(validated_run / runs.BEST).eval()(images)
+        expected = load_classifier(finished_run / runs.LAST).eval()(images)
         assert_same(model(images), expected)
     assert model.trained_on[0]["name"] == "mnist-sample"
     assert not any(parameter.requires_grad for parameter in model.parameters())

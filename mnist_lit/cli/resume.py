@@ -1,7 +1,9 @@
 """``resume=``: finds the run and checkpoint to resume from, and merges allowed overrides into its configuration."""
 
+import contextlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import yaml
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten
 from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, CLASSES, MAY_CHANGE, is_one_of
-from mnist_lit.reports.results import LIMITS
+from mnist_lit.reports.results import LIMITS, limited_by
 from mnist_lit.storage import runs
 from mnist_lit.storage.checkpoint_file import corruption, with_current_names
 from mnist_lit.storage.tables import one_line
@@ -20,9 +22,7 @@ SECTIONS = ("data", "model", "optimizer", "trainer")  # what a run's ``config.ya
 # Bounds of a ``config.yaml``; a run of the tutorial has 1.5 kB with 70 values, none nested deeper than twice.
 MAX_BYTES = 2**20
 MAX_VALUES = 10_000
-MAX_LENGTH = (
-    3000  # of a value: Python neither prints an integer of 4,300 digits nor gets ready a sexagesimal of a million
-)
+MAX_LENGTH = 3_000  # of a value: Python prints no integer of 4,300 digits, and never ends reading one of a million
 MAX_DEPTH = 10
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
 
@@ -46,7 +46,7 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
     """Find the run that ``resume=`` refers to.
 
     Args:
-        wanted: ``latest``, a run's folder, or a checkpoint in one.
+        wanted: ``latest`` (see ``preferred``), a run's folder, or a checkpoint in one.
         outputs: The folder with the runs, for ``latest``; None for that of ``conf/train.yaml``.
 
     Raises:
@@ -58,7 +58,7 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
         begun = runs.newest_first(outputs)
         if not begun:
             raise UserError(f"resume=latest: there is no run in {outputs}")
-        path = begun[0]
+        path = preferred(begun)
     elif not path.exists():
         raise UserError(f"resume={wanted}: there is no such run or checkpoint")
     folder = path if path.is_dir() else path.parent.parent
@@ -75,6 +75,16 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
     if there and (reason := corruption(there[0])):
         raise UserError(f"resume={wanted}: {reason}{runs.suggest_intact(folder, there[0], 'resume')}")
     return Run(folder, there[0] if there else folder, config)
+
+
+def preferred(newest_first: Sequence[Path]) -> Path:
+    """The newest of the runs that used all images; if none did, the newest one."""
+    for folder in newest_first:
+        with contextlib.suppress(UserError):  # whoever uses the run says what is wrong with it
+            if limited_by(read_config(folder / "config.yaml")["trainer"]):
+                continue
+        return folder
+    return newest_first[0]
 
 
 def _amount(limit: Any) -> float:

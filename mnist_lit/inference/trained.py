@@ -17,7 +17,7 @@ from mnist_lit.storage.checkpoint_file import (
     read_checkpoint,
     require_same_shapes,
 )
-from mnist_lit.storage.provenance import trained_on
+from mnist_lit.storage.provenance import MNIST_NAME, SAMPLE_NAME, UNKNOWN_DATA, trained_on
 from mnist_lit.storage.tables import one_line
 
 if TYPE_CHECKING:
@@ -32,13 +32,20 @@ class TrainedModel(nn.Module):
         path: The checkpoint that the weights come from.
         description: The ``model`` section of the configuration, from which ``build`` makes the network.
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.
+        temperature: What the logits are divided by, as measured on the validation images; 1 without any.
     """
 
     def __init__(
-        self, network: nn.Module, path: Path, description: dict[str, Any], trained_on: list[dict[str, Any]]
+        self,
+        network: nn.Module,
+        path: Path,
+        description: dict[str, Any],
+        trained_on: list[dict[str, Any]],
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.network, self.path, self.description, self.trained_on = network, path, description, trained_on
+        self.temperature = temperature
         self.eval().requires_grad_(False)
 
     @property
@@ -49,9 +56,17 @@ class TrainedModel(nn.Module):
             return None
         return [one_line(name, 40) for name in found]
 
+    @property
+    def reads_digits(self) -> bool:
+        """Whether the classes are the ten digits, as far as the data that the weights have been trained on last say."""
+        if self.names:
+            return all(name.startswith(str(digit)) for digit, name in enumerate(self.names))
+        known = (MNIST_NAME, SAMPLE_NAME, UNKNOWN_DATA["name"])
+        return not self.trained_on or self.trained_on[-1]["name"] in known
+
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities [N, 10] for images [N, 1, 28, 28] with values from 0 to 1."""
-        return self.network(images).softmax(dim=1)
+        return (self.network(images) / self.temperature).softmax(dim=1)
 
 
 def load(ckpt: str | Path, trust: Iterable[str] = ()) -> TrainedModel:
@@ -72,7 +87,7 @@ def load(ckpt: str | Path, trust: Iterable[str] = ()) -> TrainedModel:
     network = build("model", description, nn.Module)
     require_same_shapes({f"network.{key}": value for key, value in network.state_dict().items()}, weights)
     network.load_state_dict({key.removeprefix("network."): value for key, value in weights.items()})
-    return TrainedModel(network, path, description, trained_on(checkpoint))
+    return TrainedModel(network, path, description, trained_on(checkpoint), checkpoint.get("temperature", 1.0))
 
 
 def load_for_pictures(ckpt: str | Path, trust: Iterable[str] = ()) -> TrainedModel:

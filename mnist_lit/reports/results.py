@@ -39,6 +39,23 @@ def limits(trainer: dict[str, Any]) -> dict[str, Any]:
     return {key: trainer.get(key) for key in LIMITS}
 
 
+ALL_IMAGES: dict[str, tuple[Any, ...]] = {  # arguments of the Trainer, with their values for which all images are used
+    "fast_dev_run": (None, False, 0),
+    "overfit_batches": (None, 0),
+    **dict.fromkeys(("limit_train_batches", "limit_val_batches", "limit_test_batches"), (None, 1.0)),
+}
+
+
+def limited_by(trainer: dict[str, Any]) -> list[str]:
+    """What in the section ``trainer`` keeps a run from using all images, such as ``fast_dev_run=1``.
+
+    Its figures are then no results. A ``limit_train_batches`` of 1 is one batch, and of 1.0 all of them.
+    """
+    given = {key: trainer.get(key) for key in ALL_IMAGES}
+    one_batch = {key for key, value in given.items() if key.startswith("limit") and type(value) is int}
+    return [f"{key}={value}" for key, value in given.items() if value not in ALL_IMAGES[key] or key in one_batch]
+
+
 def results_of_finished_run(folder: Path, trainer: dict[str, Any]) -> dict[str, Any] | None:
     """The content of ``metrics.json``, if the run is finished and no more is asked for than it had as limits."""
     try:
@@ -66,12 +83,18 @@ def only_showing(what: str, folder: Path, results: str = "metrics.json") -> Iter
         raise UserError(f"{what} cannot be written ({reason}); the results are in {where}") from error
 
 
+OWN_SCORES = {
+    "test/loss": "loss",
+    "test/acc": "accuracy",
+    "test/calibration_error": "calibration error",
+    "test/calibration_error_scaled": "... as predict gives it",
+}
+
+
 def further_metrics(results: dict[str, Any]) -> list[str]:
     """The names of the metrics that a run had beside loss and accuracy."""
     found = [key for key, value in results.items() if key.startswith("test/") and isinstance(value, float)]
-    return [
-        key.removeprefix("test/") for key in found if key not in ("test/loss", "test/acc", "test/calibration_error")
-    ]
+    return [key.removeprefix("test/") for key in found if key not in OWN_SCORES]
 
 
 def training_table(results: dict[str, Any], folder: Path) -> str:
@@ -89,6 +112,7 @@ def training_table(results: dict[str, Any], folder: Path) -> str:
     count, seconds = results["epochs"], results["fit_seconds"]
     lines.append(f"{count} epoch{'s' * (count != 1)} in {seconds:.0f} s on {results['device']}")
     lines.append(f"data: {_data(results)}; everything is in {runs.display_path(folder)}")
+    lines += _limited(results)
     return "\n".join(lines)
 
 
@@ -99,12 +123,16 @@ def evaluation_table(results: dict[str, Any], folder: Path) -> str:
             f"{row['digit']:5}{row['images']:8}{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}  {row.get('name', '')}".rstrip()
         )
     lines.append("")
-    titles = {"loss": "loss", "acc": "accuracy", "calibration_error": "calibration error"}
-    for key in (*titles, *further_metrics(results)):
-        lines.append(f"test {titles.get(key, key):18}{results[f'test/{key}']:.4f}")
+    titles = {**OWN_SCORES, **{f"test/{name}": name for name in further_metrics(results)}}
+    lines += [f"test {title:26}{results[key]:.4f}" for key, title in titles.items() if key in results]
     lines.append(f"{results['test/images']:,} images of {_data(results)}, with {results['ckpt']}")
     lines.append(f"the report: {runs.display_path(folder)}/report.html")
-    return "\n".join(lines)
+    return "\n".join(lines + _limited(results))
+
+
+def _limited(results: dict[str, Any]) -> list[str]:
+    found = results.get("limited")
+    return [f"NOT ALL IMAGES WERE USED ({', '.join(found)}): these figures are no results"] if found else []
 
 
 def _data(results: dict[str, Any]) -> str:

@@ -58,16 +58,20 @@ class PredictionCollector(L.Callback):
         self.images = {number[place]: image for part in parts for _, place, image in part[1]}
 
 
-def scores(probabilities: Tensor, labels: Tensor, names: Sequence[str] | None = None) -> dict[str, Any]:
+def scores(
+    probabilities: Tensor, labels: Tensor, names: Sequence[str] | None = None, temperature: float | None = None
+) -> dict[str, Any]:
     """Scores of the predicted probabilities [N, classes] for the true digits ``labels`` [N], besides loss and accuracy.
 
     Args:
         names: Those of the classes, if they are not digits.
+        temperature: What a trained model divides its logits by when it predicts, if that was measured.
 
     Returns:
         The entries of ``metrics.json``: ``test/images``, the number of images; ``test/calibration_error``, the expected
-        calibration error with 15 equal bins; ``test/digits``, the number of images, precision, recall and F1 of each
-        digit, or of the class with that number and ``name``; and ``test/confusion_matrix``, with true digits as rows and predicted digits as columns.
+        calibration error with 15 equal bins, and ``test/calibration_error_scaled``, the same at the ``temperature``;
+        ``test/digits``, the number of images, precision, recall and F1 of each digit, or of the class with that number
+        and ``name``; and ``test/confusion_matrix``, with true digits as rows and predicted digits as columns.
     """
     classes = probabilities.shape[1]
     precision, recall, f1 = (
@@ -75,9 +79,15 @@ def scores(probabilities: Tensor, labels: Tensor, names: Sequence[str] | None = 
         for metric in (metrics.multiclass_precision, metrics.multiclass_recall, metrics.multiclass_f1_score)
     )
     counts = labels.bincount(minlength=classes).tolist()
+    calibration = {"test/calibration_error": probabilities}
+    if temperature:  # softmax(logits / T) is softmax(log(probabilities) / T)
+        calibration["test/calibration_error_scaled"] = (probabilities.log() / temperature).softmax(dim=1)
     return {
         "test/images": len(labels),
-        "test/calibration_error": float(metrics.multiclass_calibration_error(probabilities, labels, classes)),
+        **{
+            name: float(metrics.multiclass_calibration_error(each, labels, classes))
+            for name, each in calibration.items()
+        },
         "test/digits": [
             {"digit": n, "images": counts[n], "precision": precision[n], "recall": recall[n], "f1": f1[n]}
             | ({"name": names[n]} if names else {})

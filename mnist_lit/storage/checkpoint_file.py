@@ -211,6 +211,7 @@ def _structure() -> Any:
         state_dict: dict[str, Annotated[Any, AfterValidator(check_tensor)]]
         hyper_parameters: HyperParameters
         data: NotRequired[list[Data]]
+        temperature: NotRequired[Annotated[float, Field(ge=0.01, le=100)]]
         machine: NotRequired[Machine]
         epoch: NotRequired[Annotated[int, Field(ge=0)]]
         global_step: NotRequired[Annotated[int, Field(ge=0)]]

@@ -16,6 +16,7 @@ from mnist_lit import UserError
 from mnist_lit.cli import resume
 from mnist_lit.cli.config import CONF, ConfigFiles, flatten, plain_values
 from mnist_lit.cli.keys import MAY_CHANGE, OF_ONE_CLASS, is_one_of
+from mnist_lit.reports.results import limited_by
 from mnist_lit.storage import runs
 from mnist_lit.storage.tables import one_line, short
 from mnist_lit.sweeps.jobs import FILE as JOB
@@ -191,17 +192,11 @@ def _status(folder: Path, config: Mapping[str, Any], results: Mapping[str, Any],
     if job.get("status") == "failed":  # it may have results nevertheless
         return "failed"
     if results:
-        return "limited" if _is_limited(config) else "finished"
+        trainer = {key.removeprefix("trainer."): value for key, value in config.items()}
+        return "limited" if limited_by(trainer) else "finished"
     if runs.is_in_use(folder):
         return "running"
     return job["status"] if job.get("status") in ("waiting", "stopped") else "unfinished"
-
-
-def _is_limited(config: Mapping[str, Any]) -> bool:
-    if config.get("trainer.fast_dev_run") or config.get("trainer.overfit_batches"):
-        return True
-    limits = [config.get(f"trainer.limit_{stage}_batches") for stage in ("train", "val", "test")]
-    return any(limit is not None and (limit != 1 or type(limit) is int) for limit in limits)  # 1.0 is all of them
 
 
 def _started(folder: Path) -> str:

@@ -12,22 +12,31 @@ REFRESH_SECONDS = 0.2
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar with the epoch's running mean loss and accuracy, as in Keras.
+    """Lightning's progress bar with the epoch's running mean loss and accuracy, as in Keras, and its images per second.
 
     Refreshes a few times a second rather than at every step, and only then fetches the metrics from the device.
     """
 
     _refreshed = 0.0
+    _batch_size = 0
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if time.monotonic() - self._refreshed > REFRESH_SECONDS or trainer.is_last_batch:
-            super().on_train_batch_end(trainer, pl_module, *args)
+            self._batch_size = max(self._batch_size, len(batch[1]) * trainer.world_size)
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             self._refreshed = time.monotonic()
 
     def get_metrics(self, trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
         if not isinstance(model, MNISTClassifier):
             return {}
-        return {name: f"{value:.4f}" for name, value in model.stage_metrics("train").compute_locally().items()}
+        shown = {name: f"{value:.4f}" for name, value in model.stage_metrics("train").compute_locally().items()}
+        bar = self.train_progress_bar.format_dict
+        if bar["elapsed"]:
+            batches_per_second = (bar["n"] - bar["initial"]) / bar["elapsed"]
+            shown["images/s"] = f"{batches_per_second * self._batch_size:,.0f}"
+        return shown
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)

@@ -23,7 +23,8 @@ class RunRecorder(L.Callback):
 
     Attributes:
         history: One row per epoch: ``epoch`` (from 1), ``train/loss``, ``train/acc`` and further metrics, with a
-            validation split likewise ``val/loss`` ..., and ``epoch_seconds``, the training time without validation.
+            validation split likewise ``val/loss`` ..., ``epoch_seconds``, the training time without validation, and
+            ``images_per_second`` of that time.
         validations: ``epoch``, ``val/loss`` ... of each validation.
     """
 
@@ -31,7 +32,7 @@ class RunRecorder(L.Callback):
         self.path = folder / "metrics.csv"
         self.history: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
-        self._seconds = 0.0  # of the current epoch
+        self._seconds, self._images = 0.0, 0  # of the current epoch
         self._started: float | None = None
         self._fit_seconds = 0.0  # in earlier processes of this run
         self._fit_started: float | None = None
@@ -48,13 +49,16 @@ class RunRecorder(L.Callback):
         self._fit_seconds, self._fit_started = self.fit_seconds, None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._seconds = 0.0
+        self._seconds, self._images = 0.0, 0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self._started is None:
             self._started = _now(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += len(batch[1]) * trainer.world_size
         if trainer.is_last_batch:
             self._pause(trainer)
 
@@ -73,12 +77,13 @@ class RunRecorder(L.Callback):
         row = {"epoch": epoch, **_named("train", pl_module.stage_metrics("train").compute())}
         if self.validations and self.validations[-1]["epoch"] == epoch:
             row |= self.validations[-1]
-        row["epoch_seconds"] = self._seconds
+        row |= {"epoch_seconds": self._seconds, "images_per_second": self._images / max(self._seconds, 1e-9)}
         if self.history and self.history[-1]["epoch"] == epoch:  # cut short by a limit that has been raised since
             self.history.pop()
         self.history.append(row)
         if trainer.is_global_zero:
-            parts = [f"{key} {value:.4f}" for key, value in row.items() if "/" in key]
+            shown = {key: value for key, value in row.items() if "/" in key and key != "val/temperature"}
+            parts = [f"{key} {value:.4f}" for key, value in shown.items()]
             log.info("%s  %s  %.1f s", epoch_name(trainer), "  ".join(parts), self._seconds)
             self._write(trainer, pl_module)
 
@@ -97,7 +102,7 @@ class RunRecorder(L.Callback):
         data = {"data": facts["name"], "data_sha256": facts.get("sha256", "")}
         metrics = [f"{stage}/{name}" for stage in ("train", "val") for name in pl_module.stage_metrics(stage)]
         others = [key for row in self.history for key in row if key.startswith("val/")]  # what callbacks have logged
-        columns = [*dict.fromkeys(["epoch", *metrics, *others]), "epoch_seconds", *data]
+        columns = [*dict.fromkeys(["epoch", *metrics, *others]), "epoch_seconds", "images_per_second", *data]
         atomic_write(self.path, to_csv(columns, [{**row, **data} for row in self.history]))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -107,6 +112,7 @@ class RunRecorder(L.Callback):
             "validations": self.validations,
             "fit_seconds": self.fit_seconds,
             "seconds": self._seconds + (_now(trainer) - self._started if self._started else 0.0) if mid_epoch else 0.0,
+            "images": self._images if mid_epoch else 0,
             "metrics": _states_of_all_ranks(trainer, pl_module) if mid_epoch else None,
         }
 
@@ -116,6 +122,7 @@ class RunRecorder(L.Callback):
         recorded = checkpoint["recorded"]
         self.history, self.validations = recorded["history"], recorded["validations"]
         self._seconds, self._fit_seconds = recorded["seconds"], recorded["fit_seconds"]
+        self._images = recorded.get("images", 0)  # older checkpoints have none
         metrics = recorded["metrics"]
         if isinstance(metrics, dict):  # older checkpoints hold the sum over all ranks: restore it on rank 0 only
             metrics = [metrics, *[None] * (trainer.world_size - 1)]
