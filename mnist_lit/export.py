@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnist_lit import UserError, __version__, require_packages
 from mnist_lit.cli import latest
+from mnist_lit.cli.data_of_run import with_folder_of_run
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.storage.atomic import atomic_path, require_free
 from mnist_lit.storage.provenance import facts_of, why_not_to_test
@@ -40,6 +41,7 @@ def export(
             float32 [N, 1, 28, 28] from 0 to 1 (or whatever ``data`` has), and the output ``probabilities``, float32
             [N, 10], for any N. ``.pt2``: the same as a torch.export program. ``.safetensors``: the weights of the network.
         data: The data module's class (``_target_``) and arguments; None for those of ``conf/data/mnist.yaml``.
+            Without ``dir``, the data are looked for where the run of the checkpoint had them.
         trust: Packages whose networks the checkpoint may name, besides this project's.
 
     Returns:
@@ -66,9 +68,8 @@ def export(
 
         from mnist_lit.build import instantiate
 
-    datamodule: Any = instantiate(
-        "data", {"_target_": "mnist_lit.data.MNISTDataModule", **(data or {})}, L.LightningDataModule
-    )
+    data = with_folder_of_run({"_target_": "mnist_lit.data.MNISTDataModule", **(data or {})}, model.path)
+    datamodule: Any = instantiate("data", data, L.LightningDataModule)
     datamodule.prepare_data()
     datamodule.setup("test")
     images, labels = (torch.cat(each) for each in zip(*datamodule.test_dataloader(), strict=True))

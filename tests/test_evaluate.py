@@ -1,20 +1,28 @@
 """Testing a trained model again, as a function and as a command."""
 
 import json
+import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Command
-from helpers import results
+from helpers import ROOT, results
+from torchvision.datasets import MNIST
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import settings
+from mnist_lit.cli.data_of_run import with_folder_of_run
+from mnist_lit.cli.keys import DATA_DIR
 from mnist_lit.evaluate import evaluate
+from mnist_lit.export import export
 from mnist_lit.inference.trained import load
 from mnist_lit.reports.scores import scores
-from mnist_lit.storage import runs
+from mnist_lit.storage import mnist_files, runs
+from mnist_lit.train import train
 
 ALIKE = ("test/loss", "test/acc", "test/images", "test/calibration_error", "test/digits", "test/confusion_matrix")
 
@@ -85,6 +93,103 @@ def test_evaluate_as_a_command(finished_run: Path, tmp_path: Path, command: Comm
     refused = command("ckpt=nowhere", cwd=tmp_path, verb="evaluate")
     assert (refused.returncode, refused.stderr) == (1, "evaluate: ckpt=nowhere: there is no such checkpoint or run\n")
     assert len(list((tmp_path / "outputs").iterdir())) == 1
+
+
+@pytest.fixture
+def tiny_mnist(sample: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with four small files in MNIST's place, which count as MNIST; there is no mirror."""
+    folder, known = tmp_path / "project" / "elsewhere", {}
+    folder.mkdir(parents=True)
+    parts = {"train": (sample.train_images[::20], sample.train_labels[::20])}
+    parts["t10k"] = (sample.test_images[::20], sample.test_labels[::20])
+    for prefix, (images, labels) in parts.items():
+        contents = {
+            f"{prefix}-images-idx3-ubyte": struct.pack(">4i", 2051, len(images), 28, 28) + bytes(images.numpy()),
+            f"{prefix}-labels-idx1-ubyte": struct.pack(">2i", 2049, len(labels)) + bytes(labels.byte().numpy()),
+        }
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+            known[name] = len(content), mnist_files.sha256(content)
+    monkeypatch.setattr(mnist_files, "RAW_FILES", known)
+    monkeypatch.setattr(MNIST, "mirrors", [])
+    return folder
+
+
+QUICKLY = ("data.batch_size=100", "trainer.max_epochs=1", "trainer.accelerator=cpu")
+
+
+def test_the_runs_own_data_folder_is_tested_on_from_wherever(
+    tiny_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its path in the run is relative to the working directory that the run was started in."""
+    monkeypatch.chdir(tiny_mnist.parent)
+    train("outputs/run", **settings("train", "data.dir=elsewhere", *QUICKLY))
+    there = tmp_path / "project" / "outputs" / "run"
+    asked = ["trainer.accelerator=cpu", f"ckpt={there}"]
+    for cwd in (tiny_mnist.parent, tmp_path):
+        monkeypatch.chdir(cwd)
+        found = evaluate(tmp_path / f"in_{cwd.name}", **settings("evaluate", *asked))
+        assert found["data"] == results(there)["data"] and found["data"]["name"] == "mnist"
+        assert not (cwd / "data").exists()
+    of_export = {**settings("export", f"ckpt={there}", "output=x"), "output": tmp_path / "model.safetensors"}
+    facts = export(**of_export)
+    assert (facts["tested_on"], facts["test_accuracy"]) == ("mnist", f"{results(there)['test/acc']:.4f}")
+
+    assert "not there now" not in caplog.text
+    shutil.rmtree(tiny_mnist)
+    export(**{**of_export, "output": tmp_path / "2.safetensors"})
+    gone = f"{there} had its data in {tiny_mnist}, which is not there now: data.dir= says where they are"
+    assert gone in caplog.text and "NOT THE FULL MNIST" in caplog.text  # what was done before, but for this line
+
+
+def test_a_data_folder_that_is_given_or_of_another_class_is_not_the_runs(tmp_path: Path, monkeypatch) -> None:
+    run, own = tmp_path / "run", "mnist_lit.data.MNISTDataModule"
+    (run / "checkpoints").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    sections = {"model": {}, "optimizer": {}, "trainer": {}, "data": {"_target_": own, "dir": "there"}}
+    monkeypatch.chdir(tmp_path)
+    runs.create(run, sections, {"name": "mnist"})
+    for folder in (tmp_path, run):
+        monkeypatch.chdir(folder)
+        for data in ({}, {"_target_": own}):
+            assert Path(with_folder_of_run(data, run / runs.LAST)["dir"]).absolute() == tmp_path / "there"
+    for data in ({"dir": "data"}, {"_target_": "mnist_lit.mnist_like.MNISTLikeDataModule"}, {"_target_": "my.Data"}):
+        assert with_folder_of_run(data, run / runs.LAST) == data
+    assert with_folder_of_run({}, tmp_path / "elsewhere" / "checkpoints" / "last.ckpt") == {}
+
+    config = run / "config.yaml"
+    head, _, rest = config.read_text().split("\n", 2)
+    config.write_text(f"{head}\n{rest}")  # of a run before the line was written
+    monkeypatch.chdir(tmp_path)
+    assert with_folder_of_run({}, run / runs.LAST) == {"dir": "there"}
+    for strange in ("# working directory: [1]", "# working directory: {", "[" * 10**4, "x" * 2**20):
+        config.write_text(f"{head}\n{strange}\n{rest}")
+        assert with_folder_of_run({}, run / runs.LAST) in ({"dir": "there"}, {})
+    config.write_text("nothing")
+    assert with_folder_of_run({}, run / runs.LAST) == {}
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+def test_only_the_usual_folder_gives_way_to_the_runs(verb: str) -> None:
+    required = ["output=x"] * (verb == "export")
+    for group in ("mnist", "fashion_mnist"):
+        assert "dir" not in settings(verb, f"data={group}", *required)["data"]
+        for given in ("data", "elsewhere"):
+            assert settings(verb, f"data={group}", f"data.dir={given}", *required)["data"]["dir"] == given
+    assert settings("train")["data"]["dir"] == "data"
+    for path in (ROOT / "conf" / "data").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["dir"] == DATA_DIR
+
+
+def test_a_resumed_run_has_its_data_where_it_was_resumed(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "line\nbreak").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    runs.create(tmp_path, {"seed": 0}, {"name": "mnist"})
+    assert runs.working_directory(tmp_path) == tmp_path / "one"
+    monkeypatch.chdir(tmp_path / "line\nbreak")
+    runs.reopen(tmp_path, {"seed": 0}, {"name": "mnist"})
+    assert runs.working_directory(tmp_path) == tmp_path / "line\nbreak"
 
 
 @pytest.mark.slow

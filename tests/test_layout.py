@@ -19,6 +19,7 @@ FLOORS = [
     ["data", "model"],
     ["mnist_like"],
     ["training", "inference", "reports"],
+    ["image_folder"],
     ["cli"],
     ["sweeps"],
     ["train", "evaluate", "predict", "export", "convert", "serve", "tune", "runs"],

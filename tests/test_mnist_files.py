@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.datasets import MNIST
+from helpers import ROOT
+from torchvision.datasets import KMNIST, MNIST
 from tqdm import tqdm
 
 from mnist_lit import UserError
@@ -131,11 +132,67 @@ def test_a_bad_mirror_is_given_up_for_the_next(tiny, mirror: Mirror, tmp_path: P
     bad.close()
 
 
-def test_gz_files_put_there_by_hand_are_used(tiny: dict[str, bytes], no_mirror: str, tmp_path: Path) -> None:
+def as_on_kaggle(name: str) -> str:
+    return name.replace("-idx", ".idx")
+
+
+@pytest.mark.parametrize("place", ["MNIST/raw", "raw", "MNIST", "."])
+@pytest.mark.parametrize(
+    "named",
+    [
+        "{name}",
+        "{kaggle}",
+        "{name}/{name}",
+        "{name}/{kaggle}",
+        "{name}.gz",
+        "{kaggle}.gz",
+    ],
+)
+def test_files_are_found_where_people_have_them(
+    tiny: dict[str, bytes], no_mirror: str, tmp_path: Path, place: str, named: str
+) -> None:
     for name, content in tiny.items():
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+        path = tmp_path / place / named.format(name=name, kaggle=as_on_kaggle(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    before = sorted(tmp_path.rglob("*"))
+    data = MNISTDataModule(dir=str(tmp_path))
+    data.prepare_data()
+    data.setup()
+    assert [data.facts[key] for key in ("name", "train", "test")] == ["mnist", 200, 50]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_files_may_be_mixed_and_decompressed_under_the_name_of_a_gz(tiny, mirror: Mirror, tmp_path: Path) -> None:
+    """As browsers do. What is missing is downloaded."""
+    one, two, three, four = tiny
+    (tmp_path / "raw").mkdir()
+    (tmp_path / f"{one}.gz").write_bytes(tiny[one])
+    (tmp_path / "raw" / as_on_kaggle(two)).write_bytes(tiny[two])
+    (tmp_path / three).write_bytes(gzip.compress(tiny[three]))
     fetch_missing_files(tmp_path)
+    assert mirror.requested == [f"/{four}.gz"] and (tmp_path / "MNIST" / "raw" / four).read_bytes() == tiny[four]
+    images, labels, test_images, test_labels = read_mnist(tmp_path)
+    assert bytes(images.numpy()) == tiny[one][16:] and bytes(labels.to(torch.uint8).numpy()) == tiny[two][8:]
+    assert bytes(test_images.numpy()) == tiny[three][16:] and len(test_labels) == 50
+
+
+def test_a_file_that_is_not_mnists_does_not_hide_a_good_one(tiny, tmp_path: Path) -> None:
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    for name, content in tiny.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "MNIST" / "raw" / name).write_bytes(content[:-1])
     assert len(read_mnist(tmp_path)[0]) == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_folder_that_cannot_be_written_says_which_files_it_lacks(tiny, mirror: Mirror, tmp_path: Path) -> None:
+    for name in [*tiny][1:]:
+        (tmp_path / name).write_bytes(tiny[name])
+    (tmp_path / "MNIST").mkdir()
+    (tmp_path / "MNIST" / "raw").symlink_to("/proc/self")  # not even root may write there
+    with pytest.raises(mnist_files.DownloadError, match=r"lacks train-images-idx3-ubyte, and cannot write to .*raw: "):
+        fetch_missing_files(tmp_path)
 
 
 def test_17_auto_warns_and_uses_the_sample_when_no_mirror_responds(no_mirror: str, tmp_path: Path, caplog) -> None:
@@ -162,7 +219,7 @@ def test_17_a_mirror_that_hangs_is_given_up_in_time(mirror: Mirror, tmp_path: Pa
     with pytest.raises(mnist_files.DownloadError, match=r"127\.0\.0\.1"):
         fetch_missing_files(tmp_path)
     assert time.monotonic() - started < 5
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # no partial file
+    assert list(tmp_path.iterdir()) == []  # no partial file
 
 
 def test_17_two_mirrors_that_hang_are_given_up_within_a_minute() -> None:
@@ -170,22 +227,105 @@ def test_17_two_mirrors_that_hang_are_given_up_within_a_minute() -> None:
     assert len(MNIST.mirrors) * to_respond_and_to_deliver * mnist_files.TIMEOUT < 60
 
 
-@pytest.mark.parametrize("damage", ["cut short", "one bit", "train and test swapped"])
-def test_14_damaged_files_are_refused_by_name(tiny: dict[str, bytes], tmp_path: Path, damage: str) -> None:
-    name = "t10k-images-idx3-ubyte"
-    contents = dict(tiny)
-    match damage:
-        case "cut short":
-            contents[name] = contents[name][:-1]
-        case "one bit":
-            contents[name] = contents[name][:-1] + bytes([contents[name][-1] ^ 1])
-        case _:
-            contents[name] = contents["train-images-idx3-ubyte"]
-    for file, content in contents.items():
+DAMAGED = r" is damaged \({}\): delete it \(rm .*{}\) and the next run downloads it again$"
+NOT_OURS = (
+    r" is not MNIST's {} \({}\): move it out of the way \(mv .*{} .*\.other\) and the next run downloads MNIST's$"
+)
+CHANGED = (
+    r" is well-formed but not MNIST's \(sha256 \w{12}… expected, \w{12}… found\): it may be of another data set whose "
+    r"files have these names, such as Fashion-MNIST \(data=fashion_mnist\) or KMNIST \(data=kmnist\), or has been "
+    r"changed; move it out of the way"
+)
+NAME = "t10k-images-idx3-ubyte"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("cut short", DAMAGED.format("39,216 bytes expected, 39,215 found", NAME)),
+        ("empty", DAMAGED.format("39,216 bytes expected, 0 found", NAME)),
+        ("longer", DAMAGED.format("39,216 bytes expected, 39,217 found", NAME)),
+        ("gz cut short", DAMAGED.format("Compressed file ended .*", NAME)),
+        ("gz one bit", DAMAGED.format("CRC check failed .*", NAME)),
+        ("one bit", CHANGED),
+        ("gz of one bit", CHANGED),
+        (
+            "train and test swapped",
+            NOT_OURS.format(
+                NAME, "39,216 bytes expected, 156,816 found; it is an IDX file of 200 x 28 x 28 bytes", NAME
+            ),
+        ),
+        (
+            "a web page",
+            NOT_OURS.format(NAME, "39,216 bytes expected, 25 found; it is no IDX file of bytes", NAME),
+        ),
+    ],
+)
+def test_14_what_is_not_mnists_is_refused_and_only_what_is_damaged_for_certain_may_be_deleted(
+    tiny: dict[str, bytes], tmp_path: Path, damage: str, sentence: str
+) -> None:
+    right = tiny[NAME]
+    one_bit, compressed = right[:-1] + bytes([right[-1] ^ 1]), gzip.compress(right)
+    changed = {
+        "cut short": right[:-1],
+        "empty": b"",
+        "longer": right + b"x",
+        "gz cut short": compressed[:-9],
+        "gz one bit": compressed[:-8] + bytes([compressed[-8] ^ 1]) + compressed[-7:],
+        "one bit": one_bit,
+        "gz of one bit": gzip.compress(one_bit),
+        "train and test swapped": tiny["train-images-idx3-ubyte"],
+        "a web page": b"<html>404 not found</html"[:25],
+    }
+    for file, content in {**tiny, NAME: changed[damage]}.items():
         (tmp_path / file).write_bytes(content)
-    with pytest.raises(
-        UserError, match=rf"{name} is damaged \(.* expected, .* found\): delete it \(rm .*\) and the next run"
-    ):
+    with pytest.raises(UserError, match=sentence) as refused:
+        read_mnist(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_another_data_set_in_mnists_place_is_called_by_its_name(tiny, tmp_path: Path, monkeypatch, ending: str) -> None:
+    """By the labels of all four files if these are decompressed, and by any if they are compressed."""
+    name = "train-labels-idx1-ubyte" if not ending else "t10k-images-idx3-ubyte"
+    other = tiny[name][:-1] + bytes([tiny[name][-1] ^ 1])
+    compressed = gzip.compress(other)
+    monkeypatch.setattr(mnist_files, "OTHER_FILES", {hashlib.sha256(other).hexdigest(): "fashion_mnist"})
+    monkeypatch.setattr(KMNIST, "resources", [(f"{name}.gz", hashlib.md5(compressed).hexdigest())])
+    title, group, folder = (
+        ("KMNIST", "kmnist", "KMNIST") if ending else ("Fashion-MNIST", "fashion_mnist", "FashionMNIST")
+    )
+    for file, content in tiny.items():
+        swapped = file == name or (not ending and file == "train-images-idx3-ubyte")  # the labels are read first
+        if not swapped:
+            (tmp_path / file).write_bytes(content)
+        else:
+            (tmp_path / f"{file}{ending}").write_bytes(
+                compressed if ending else content[:-1] + bytes([content[-1] ^ 1])
+            )
+    with pytest.raises(UserError) as refused:
+        read_mnist(tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path / (name + ending)} holds {title}, not MNIST: data={group} trains on it, once the four files are in "
+        f"{tmp_path / folder / 'raw'}; for MNIST, give another data.dir"
+    )
+
+
+def test_the_known_files_of_fashion_mnist_are_not_mnists() -> None:
+    ours = {checksum for _, checksum in mnist_files.RAW_FILES.values()}
+    assert len(mnist_files.OTHER_FILES) == 2 and not ours & mnist_files.OTHER_FILES.keys()
+    assert {*mnist_files.OTHER_FILES.values()} <= mnist_files.OTHERS.keys()
+    for group in mnist_files.OTHERS:
+        assert (ROOT / "conf" / "data" / f"{group}.yaml").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_file_that_cannot_be_read_is_refused(tiny, tmp_path: Path) -> None:
+    for file, content in tiny.items():
+        (tmp_path / file).write_bytes(content)
+    (tmp_path / NAME).unlink()
+    (tmp_path / NAME).symlink_to("/proc/self/mem")  # a file that gives an error to whoever reads it
+    with pytest.raises(UserError, match=rf"{NAME} cannot be read \(Input/output error\)"):
         read_mnist(tmp_path)
 
 
@@ -193,12 +333,12 @@ def test_16_labels_above_9_and_other_counts_are_found_when_the_data_are_set_up(t
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     name = "train-labels-idx1-ubyte"
-    for wrong in (tiny[name][:-1] + b"\x0b", tiny[name] + b"\x01"):
+    for wrong, sentence in ((tiny[name][:-1] + b"\x0b", CHANGED), (tiny[name] + b"\x01", " is damaged")):
         for file, content in {**tiny, name: wrong}.items():
             (raw / file).write_bytes(content)
         data = MNISTDataModule(dir=str(tmp_path), source="mnist")
         data.prepare_data()
-        with pytest.raises(UserError, match=f"{name} is damaged"):
+        with pytest.raises(UserError, match=f"{name}{sentence}"):
             data.setup()
 
 
@@ -212,17 +352,19 @@ def test_14_files_that_are_far_too_large_take_no_memory(tiny, no_mirror: str, tm
         read_mnist(tmp_path)
     (tmp_path / name).unlink()
     local = tmp_path / f"{name}.gz"
-    with local.open("wb") as file:
-        file.truncate(40 * 2**30)
-    with pytest.raises(mnist_files.DownloadError, match="1,058 bytes expected, 42,949,672,960 found"):
-        fetch_missing_files(tmp_path)
+    for start in (b"", b"\x1f\x8b"):
+        with local.open("wb") as file:
+            file.write(start)
+            file.truncate(40 * 2**30)
+        with pytest.raises(UserError, match=rf"{name}\.gz is not MNIST's {name} \(58 bytes expected, 42,949,672,960"):
+            read_mnist(tmp_path)
     tracemalloc.start()
     bomb = gzip.compress(bytes(2**19))
     for content in (bomb, b"".join([gzip.compress(tiny[name]), bomb])):
         local.write_bytes(content)
         tracemalloc.reset_peak()
-        with pytest.raises(mnist_files.DownloadError, match="58 bytes expected, more found"):
-            fetch_missing_files(tmp_path)
+        with pytest.raises(UserError, match="58 bytes expected, more found"):
+            read_mnist(tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 2**19
     tracemalloc.stop()
     local.write_bytes(gzip.compress(tiny[name]))
@@ -262,10 +404,10 @@ def test_19_killed_while_downloading_the_next_run_repairs_it(tiny, mirror: Mirro
         time.sleep(0.01)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    (tmp_path / ".part-x").write_bytes(b"half a file")  # as if killed while writing
+    (tmp_path / "MNIST" / "raw" / ".part-x").write_bytes(b"half a file")  # as if killed while writing
     mirror.failure = None
     fetch_missing_files(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*tiny, ".lock"}
+    assert {path.name for path in (tmp_path / "MNIST" / "raw").iterdir()} == {*tiny, ".lock"}
     assert len(read_mnist(tmp_path)[0]) == 200
 
 

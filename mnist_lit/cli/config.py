@@ -11,7 +11,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
-from mnist_lit.cli.keys import OF_ONE_CLASS, PATHS, QUOTED
+from mnist_lit.cli.keys import DATA_DIR, OF_ONE_CLASS, PATHS, QUOTED
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
@@ -59,6 +59,9 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
         if f"{section}._target_" in typed and isinstance(values.get(section), dict):  # the file's keys are another's
             kept = {key.split(".")[1] for key in typed if key.startswith(f"{section}.")}
             values[section] = {key: value for key, value in values[section].items() if key in kept}
+    of_run = verb in ("evaluate", "export") and "data.dir" not in typed and not of_hydra.job.chdir
+    if of_run and isinstance(data := values["data"], dict) and data.get("dir") == DATA_DIR:
+        values["data"] = {key: value for key, value in data.items() if key != "dir"}  # these then take the run's
     check(verb, values)
     return values
 

@@ -20,6 +20,8 @@ MAY_CHANGE = (
 AS_LONG_AS_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
 # Sections whose keys are the arguments of one class: naming another on the command line drops those of the file.
 OF_ONE_CLASS = ("data", "augment", "model", "optimizer", "scheduler")
+# What ``data.dir`` is in the files of conf/data/, where nobody has chosen.
+DATA_DIR = "data"
 # The classes of sections that need not name one: those of older runs.
 CLASSES = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Trainer"}
 

@@ -20,6 +20,7 @@ from mnist_lit.storage.atomic import WriteError, atomic_write, remove_unfinished
 from mnist_lit.storage.checkpoint_file import corruption
 
 BEST, LAST, PREVIOUS, NEW = (f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous", "new"))
+STARTED_IN, MAX_LINE = "# working directory: ", 2**15  # a line of config.yaml, in characters
 SECONDS_TO_WAIT = 5.0  # for the lock: processes whose parent was killed end within this time
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy")
 
@@ -169,8 +170,23 @@ def _lock(handle: int, folder: Path) -> None:
             time.sleep(0.2)
 
 
+def working_directory(folder: Path) -> Path:
+    """Where the run in ``folder`` was started or resumed, which its relative paths are relative to.
+
+    It is the current one if the run does not say.
+    """
+    with (folder / "config.yaml").open(encoding="utf-8", errors="replace") as file:
+        _, second = file.readline(MAX_LINE), file.readline(MAX_LINE)
+    try:
+        place = json.loads(second.removeprefix(STARTED_IN))
+    except (ValueError, RecursionError):  # it is another line, as in older runs
+        return Path.cwd()
+    return Path(place) if isinstance(place, str) else Path.cwd()
+
+
 def _config_text(config: dict[str, Any], data_facts: dict[str, Any]) -> str:
-    return f"{_head(data_facts)}\n{yaml.dump(config, Dumper=_WithoutAliases, sort_keys=False, allow_unicode=True)}"
+    started_in = f"{STARTED_IN}{json.dumps(str(Path.cwd()))}"  # in JSON it is one line, whatever its name
+    return f"{_head(data_facts)}\n{started_in}\n{yaml.dump(config, Dumper=_WithoutAliases, sort_keys=False, allow_unicode=True)}"
 
 
 class _WithoutAliases(yaml.SafeDumper):

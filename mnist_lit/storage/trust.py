@@ -12,6 +12,7 @@ KNOWN = (
     "mnist_lit.other_networks",
     "mnist_lit.data",
     "mnist_lit.mnist_like",
+    "mnist_lit.image_folder",
     "mnist_lit.schedulers",
     "mnist_lit.training.augment",
     "mnist_lit.training.callbacks",
