@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -230,6 +231,11 @@ def fitting(trainer: L.Trainer) -> Iterator[None]:
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     except Exception as error:
+        if large := re.fullmatch(r"Target (\d+) is out of bounds.*", str(error)):  # a GPU does not say so
+            raise UserError(
+                f"the data have a class {large[1]}, counted from 0, and the network has fewer outputs: model=mlp and "
+                "model=resnet18 have model.classes="
+            ) from error
         if isinstance(error, UserError) or not compat.is_restoring(trainer):
             raise
         what = f"{type(error).__name__}: {one_line(error)}"
