@@ -28,7 +28,7 @@ def serve(
     Raises:
         UserError: The port cannot be used, a package is missing, or the checkpoint cannot be loaded.
     """
-    require_packages("serve", "starlette", "uvicorn", "scipy")
+    require_packages("serve", "starlette", "uvicorn", "python_multipart", "scipy")
     try:
         listener = socket.create_server(("" if allow_remote else LOOPBACK[0], port), backlog=BACKLOG)
     except (OSError, OverflowError) as error:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
@@ -48,7 +48,7 @@ class Server:
         limit = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"] if files else []
         limit += [sys.executable, "-c", hold] if held else []
         self.process = subprocess.Popen(
-            [*limit, sys.executable, "-W", "ignore", "-m", "mnist_lit.serve", "port=0", *overrides],
+            [*limit, sys.executable, "-m", "mnist_lit.serve", "port=0", *overrides],
             cwd=ROOT,
             stdout=self.output,
             stderr=subprocess.STDOUT,
@@ -103,6 +103,15 @@ def picture(size: tuple[int, int], format: str = "PNG") -> bytes:
     return file.getvalue()
 
 
+def two_shapes() -> bytes:
+    image = Image.new("L", (200, 100), 255)
+    for left in (40, 140):
+        ImageDraw.Draw(image).line([(left, 20), (left, 80)], fill=0, width=8)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def png_of_any_size(width: int, height: int, data: bytes = b"") -> bytes:
     """A PNG file whose head promises so many pixels."""
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
@@ -124,6 +133,33 @@ def chunked(body: bytes, size: int = 100) -> bytes:
 
 PNG, JPEG, ZERO = picture((28, 28)), picture((60, 50), "JPEG"), pixels(0.0)
 PHOTO = picture((900, 700), "JPEG")
+TWO = two_shapes()
+CURL = "multipart/form-data; boundary=boundary"
+
+
+def part(content: bytes, name: bytes = b"file", filename: bytes | None = b"x.png") -> bytes:
+    file = b"" if filename is None else b'; filename="%s"' % filename
+    return b'Content-Disposition: form-data; name="%s"%s\r\n\r\n%s' % (name, file, content)
+
+
+def form(*parts: bytes) -> bytes:
+    """A body of the Content-Type ``CURL``."""
+    return b"".join(b"--boundary\r\n%s\r\n" % each for each in parts) + b"--boundary--\r\n"
+
+
+def photo(size: tuple[int, int], **options: Any) -> bytes:
+    """A 7 on paper as a camera sees it, with noise; ``options`` are for Pillow's ``save``."""
+    small = Image.new("L", (800, 600), 200)
+    ImageDraw.Draw(small).line([(300, 150), (500, 150), (380, 450)], fill=40, width=40, joint="curve")
+    grey = np.asarray(small.resize(size), dtype=np.int16)
+    noise = np.random.default_rng(0).integers(-6, 7, (512, 512, 3), dtype=np.int16)
+    noise = np.tile(noise, (size[1] // 512 + 1, size[0] // 512 + 1, 1))[: size[1], : size[0]]
+    file = io.BytesIO()
+    Image.fromarray((grey[..., None] + noise).clip(0, 255).astype(np.uint8)).save(file, **options)
+    return file.getvalue()
+
+
+PHONE = photo((4032, 3024), format="JPEG", quality=95)
 BOMB = png_of_any_size(20_000, 20_000, bytes(4_000_000))
 
 
@@ -149,10 +185,17 @@ def predict(body: bytes, *statuses: int, **more: Any) -> Kind:
     return one(request("POST", "/predict", body), *statuses, **more)
 
 
+def upload(body: bytes, *statuses: int, type: str = CURL, **more: Any) -> Kind:
+    return one(request("POST", "/predict", body, f"Content-Type: {type}"), *statuses, **more)
+
+
 def kinds(draw: random.Random) -> dict[str, Kind]:
     """All kinds of requests, with what is random in them drawn anew."""
     place = draw.randrange(1, len(PNG))
     mutated = PNG[:place] + draw.randbytes(draw.randrange(1, 30)) + PNG[place:]
+    multipart = form(part(PNG))
+    place_in_form = draw.randrange(len(multipart))
+    mutated_form = multipart[:place_in_form] + draw.randbytes(draw.randrange(1, 9)) + multipart[place_in_form + 3 :]
     good = request("POST", "/predict", PNG)
     cut = draw.randrange(1, len(good))
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n"
@@ -163,7 +206,11 @@ def kinds(draw: random.Random) -> dict[str, Kind]:
         "photo": predict(PHOTO, 200),
         "JSON": predict(ZERO, 200),
         "pixels wanted": one(request("POST", "/predict?pixels=true", PNG), 200),
-        "strange query": one(request("POST", "/predict?pixels=%00&&=;pixels=no", PNG), 200),
+        "two shapes": one(request("POST", "/predict?refuse=false", TWO), 200),
+        "form": upload(form(part(b"1", b"n", None), part(PNG)), 200),
+        "phone's photo": predict(PHONE, 200, 503),
+        "phone's photo in a form": upload(form(part(PHONE)), 200, 503),
+        "description": one(request("GET", "/openapi.json"), 200),
         "chunked": one(request("POST", "/predict", chunked(PNG), "Transfer-Encoding: chunked"), 200),
         "expects 100": one(request("POST", "/predict", PNG, "Expect: 100-continue"), 200),
         "in pieces": Kind([good[:cut], 0.05, good[cut:]], [{200}]),
@@ -227,11 +274,22 @@ def kinds(draw: random.Random) -> dict[str, Kind]:
         "no length": one(request("POST", "/predict"), 415),
         "GIF": predict(b"GIF89a" + bytes(100), 415),
         "zipped": one(request("POST", "/predict", gzip.compress(PNG), "Content-Encoding: gzip"), 415),
-        "form": one(request("POST", "/predict", b"--a\r\n\r\n" + PNG, "Content-Type: multipart/form-data"), 415),
+        "two shapes refused": predict(TWO, 422),
+        "strange query": one(request("POST", f"/predict?{draw.choice(QUERIES)}", PNG), 422),
+        "form without boundary": upload(form(part(PNG)), 400, type="multipart/form-data; boundary="),
+        "form with two files": upload(form(part(PNG), part(JPEG)), 400),
+        "form with many files": upload(form(*[part(b"")] * 20_000), 400, 503),
+        "form without files": upload(form(part(PNG, b"file", None)), 400),
+        "form cut short": upload(multipart[: draw.randrange(len(multipart) - 12)], 400),
+        "mutated form": upload(mutated_form, 200, 400, 415, 422),
+        "padded form": upload(multipart[:-4] + b" " * draw.choice((1_000_000, 3_000_000)), 400, 503),
+        "form of 12 MiB": upload(form(part(bytes(12 * 2**20))), 415, 503),
+        "form of 17 MiB": upload(form(part(bytes(17 * 2**20))), 413, 503, seldom=True),
         "mutated PNG": predict(mutated, 200, 415, 422),
         "PNG cut short": predict(PNG[:place], 200, 415, 422),
         "random body": predict(b"\0" + draw.randbytes(draw.randrange(3000)), 415),
         "bomb": predict(BOMB, 422),
+        "suspected bomb": predict(png_of_any_size(10_000, draw.randrange(9_000, 17_000)), 422),  # Pillow warns
         "few bytes for many pixels": predict(png_of_any_size(1000, 1000), 422),
         "no pixels": predict(png_of_any_size(0, 0), 422),
         "blank": predict(png_of_any_size(28, 28, bytes(28 * 29)), 422),
@@ -242,13 +300,15 @@ def kinds(draw: random.Random) -> dict[str, Kind]:
         "huge number": predict(pixels(10**400), 422),
         "too few": predict(pixels(0.5, draw.randrange(784)), 422),
         "nested": predict(pixels([0]), 422),
-        "2 MiB": predict(bytes(2 * 2**20), 413),
+        "2 MiB": predict(bytes(2 * 2**20), 415, 503),
+        "2 MiB of JSON": predict(b"[" * 2 * 2**20, 413, 503),
         # Clients that leave, or take their time
         "leaves in head": Kind([good[: draw.randrange(1, 30)]], [set()], reset=True),
         "leaves in body": Kind([good[:-10]], [set()], reset=True),
         "leaves after request": Kind([good], [set()], reset=True),
         "never reads": Kind([request("GET", "/app.js") * 500, 0.5], [set()], reset=True, seldom=True),
-        "20 MiB": predict(bytes(20 * 2**20), 413, reset=True, seldom=True),
+        "20 MiB": predict(bytes(20 * 2**20), 413, 503, seldom=True),
+        "70 MiB": predict(bytes(70 * 2**20), 413, 503, reset=True, seldom=True),
         "slow body": Kind([good[:-20], *trickled(12, 0.5)], [{408}], reset=True, seldom=True),
         "slow head": Kind([b"GET /health HT", *trickled(12, 1.0)], [{408}], reset=True, seldom=True),
         "silent": Kind([11.5], [set()], reset=True, seldom=True),
@@ -258,7 +318,7 @@ def kinds(draw: random.Random) -> dict[str, Kind]:
 TYPES = (
     "text/html",
     "application/json",
-    "multipart/form-data; boundary=",
+    "multipart/mixed; boundary=a",
     "x",
     "image/png; charset=\xff",
     ";;;",
@@ -267,6 +327,15 @@ TYPES = (
 HOSTS = ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "[::1]", "localhost:80:80", "0x7f.1", "'")
 PATHS = ("nothing", "%00", "%ff%fe", "predict/", "health/x", "favicon.ico", ".git/config", "a" * 255, "con", "%25")
 TRAVERSALS = ("/../web.py", "/..%2fweb.py", "/%2e%2e/web.py", "//etc/passwd", "/..\\web.py", "/a/../../web.py")
+QUERIES = (
+    "refuse=maybe",
+    "refuse",
+    "refuse=",
+    "pixels=%00&&=;pixels=no",
+    "pixels=TRUE",
+    "refuse=%ff",
+    "pixels=true&pixels=2",
+)
 RANGES = ("bytes=0-9", "bytes=9999999-", "bytes=x-y", "pages=1", "bytes=0-1,3-4,6-7", "bytes=-0", "bytes=5-1", "=")
 
 

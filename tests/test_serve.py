@@ -9,10 +9,13 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,11 +28,32 @@ import pytest
 from conftest import Browser
 from helpers import ROOT
 from PIL import Image
-from soak_server import HOST, ZERO, Report, Server, Silent, attack, judge, kinds, stop
+from soak_server import (
+    CURL,
+    HOST,
+    ZERO,
+    Report,
+    Server,
+    Silent,
+    attack,
+    form,
+    judge,
+    kinds,
+    part,
+    photo,
+    png_of_any_size,
+    stop,
+)
 
-from mnist_lit import UserError
+from mnist_lit import UserError, __version__
+
+try:
+    import jsonschema  # type: ignore[import-untyped]
+except ImportError:
+    jsonschema = None
 
 pytest.importorskip("starlette", reason="needs the extra serve")
+pytest.importorskip("python_multipart", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 
@@ -56,9 +80,24 @@ def ask(
         text = response.read()
         assert response.headers["X-Content-Type-Options"] == "nosniff"
         assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+        check_described(method, path.partition("?")[0], response.status, json.loads(text))
         return response.status, json.loads(text), dict(response.headers)
     finally:
         connection.close()
+
+
+API = json.loads((ROOT / "mnist_lit" / "inference" / "page" / "openapi.json").read_text())
+
+
+def check_described(method: str, path: str, status: int, body: Any) -> None:
+    """Fail if ``openapi.json`` describes the operation but not this answer."""
+    operation = API["paths"].get(path, {}).get(method.lower())
+    if operation and jsonschema:
+        answer = operation["responses"][str(status)]
+        if "$ref" in answer:
+            answer = API["components"]["responses"][answer["$ref"].rpartition("/")[2]]
+        schema = {**answer["content"]["application/json"]["schema"], "components": API["components"]}
+        jsonschema.Draft202012Validator(schema).validate(body)
 
 
 def png(image: np.ndarray, format: str = "PNG") -> bytes:
@@ -104,8 +143,6 @@ def test_a_large_photo_of_a_digit_is_normalized(port: int, digits) -> None:
 
 
 def test_health(port: int) -> None:
-    from mnist_lit import __version__
-
     assert ask(port, path="/health", method="GET")[:2] == (200, {"status": "ok", "version": __version__})
 
 
@@ -134,15 +171,21 @@ def test_33_errors_are_json_and_the_next_good_request_is_answered(port: int) -> 
     def pixels(value: Any, count: int = 784) -> bytes:
         return json.dumps({"pixels": [value] * count}).encode()
 
-    huge = png(np.zeros((1025, 1024), np.uint8))
+    jpeg = bytearray(png(np.eye(28, dtype=np.uint8) * 255, "JPEG"))
+    jpeg[(size := jpeg.index(b"\xff\xc0") + 5) : size + 4] = struct.pack(">HH", 7000, 8000)
     good = png(np.eye(28, dtype=np.uint8) * 255)
     for body, status, sentence in (
-        (b"\0" * (2**20 + 1), 413, "larger than 1,048,576 bytes"),
+        (b"\0" * (2**24 + 1), 413, "the body is larger than 16,777,216 bytes"),
+        (b"\0" * 2**24, 415, "send a PNG or JPEG image"),
+        (b"[" + b" " * 2**20, 413, "the JSON is larger than 1,048,576 bytes"),
         (b"\0" * 2**20, 415, "send a PNG or JPEG image"),
         (b"", 415, "send a PNG or JPEG image"),
-        (b"GIF89a" + b"\0" * 100, 415, "send a PNG or JPEG image"),
+        (b"GIF89a" + b"\0" * 100, 415, "send a PNG or JPEG image, not GIF, which only predict reads"),
+        (png(np.eye(28, dtype=np.uint8), "WEBP"), 415, "not WEBP, which"),
+        (b"\0\0\0\x18ftypheic" + b"\0" * 100, 415, "not HEIC, which"),
         (good[:45], 422, "damaged"),
-        (huge, 422, "1024x1025 pixels"),
+        (png_of_any_size(4000, 3200), 422, "the image has 4000x3200 pixels, more than 12,500,000"),
+        (bytes(jpeg), 422, "the image has 8000x7000 pixels, more than 50,000,000"),
         (png(np.full((50, 50), 255, np.uint8)), 422, "is blank"),
         (b"{", 400, "not valid JSON"),
         (b"[" * 500_000, 400, "not valid JSON"),
@@ -162,6 +205,140 @@ def test_33_errors_are_json_and_the_next_good_request_is_answered(port: int) -> 
     assert refused(ask(port, method="GET"), 405, "send the image with POST")
     assert refused(ask(port, path="/", method="POST"), 405, "")
     assert refused(ask(port, path="/nothing", method="GET"), 404, "")
+
+
+def test_a_form_with_one_file_is_read(port: int, digits) -> None:
+    image = png(digits[0][0])
+    expected = ask(port, image)[:2]
+    for body, kind in (
+        (form(part(image)), CURL),
+        (form(part(image, b"any name", b"")), CURL),
+        (form(part(b"text", b"note", None), part(image), part(b"", b"more", None)), CURL),
+        (form(part(image)) + b"an epilogue", CURL),
+        (form(part(image)), 'Multipart/Form-Data; charset=utf-8; boundary="boundary"'),
+    ):
+        assert ask(port, body, **{"Content-Type": kind})[:2] == expected, body[:200]
+    assert ask(port, form(part(ZERO)), **{"Content-Type": CURL})[0] == 200
+    if curl := shutil.which("curl"):
+        command = [curl, "-sS", "-F", "file=@-;filename=x.png", f"http://{HOST}:{port}/predict"]
+        assert (
+            json.loads(subprocess.run(command, input=image, stdout=subprocess.PIPE, check=True).stdout) == expected[1]
+        )
+
+
+def test_a_large_form_is_not_written_to_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mnist_lit.inference.web import MAX_BYTES, _from_form
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    body = form(part(bytes(MAX_BYTES - 1000)))
+    assert _from_form(body, b"boundary") == bytes(MAX_BYTES - 1000)
+
+
+def test_33_forms_that_are_wrong_are_refused_in_a_sentence(port: int) -> None:
+    good = png(np.eye(28, dtype=np.uint8) * 255)
+    padded = form(part(good))[:-4] + b" " * (2**24 - 10_000)  # would take 14 seconds
+    for body, kind, status, sentence in (
+        (form(part(good), part(good)), CURL, 400, "the form has several files: send one"),
+        (form(*[part(b"")] * 100_000), CURL, 400, "several files"),
+        (form(part(b"text", b"note", None)), CURL, 400, "the form has no file"),
+        (form(), CURL, 400, "the form has no file"),
+        (form(part(good)), "multipart/form-data", 400, "must name the boundary"),
+        (form(part(good)), "multipart/form-data; boundary=", 400, "must name the boundary"),
+        (form(part(good)), CURL + "x", 400, "not valid multipart/form-data"),
+        (form(part(good)), CURL + "x" * 300, 400, "not valid multipart/form-data"),
+        (form(part(good))[:-20], CURL, 400, "cut short"),
+        (b"", CURL, 400, "cut short"),
+        (good, CURL, 400, "not valid multipart/form-data"),
+        (form(b"\r\n" + good), CURL, 400, "not valid multipart/form-data"),
+        (form(b"A: " + b"a" * 10_000 + b"\r\n\r\n" + good), CURL, 400, "not valid multipart/form-data"),
+        (padded, CURL, 400, "takes too long to read"),
+        (form(part(b"GIF89a")), CURL, 415, "not GIF"),
+        (form(part(b"")), CURL, 415, "send a PNG or JPEG image"),
+        (form(part(good[:45])), CURL, 422, "damaged"),
+        (form(part(bytes(2**24))), CURL, 413, "larger than 16,777,216 bytes"),
+    ):
+        assert refused(ask(port, body, **{"Content-Type": kind}), status, sentence), (status, sentence)
+        assert ask(port, good)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "least"),
+    [
+        ((4032, 3024), {"format": "JPEG", "quality": 98, "subsampling": 0}, 8),
+        pytest.param((8064, 6048), {"format": "JPEG", "quality": 94}, 8, marks=pytest.mark.slow),
+        ((3024, 4032), {"format": "JPEG", "quality": 10}, 0),
+        ((4032, 3024), {"format": "PNG"}, 1),
+    ],
+    ids=["12 megapixels", "48 megapixels", "few bytes", "PNG"],
+)
+def test_a_photo_from_a_phone_is_answered_as_by_predict(
+    port: int, good_run: Path, tmp_path: Path, size: tuple[int, int], options: dict[str, Any], least: int
+) -> None:
+    from mnist_lit.predict import predict
+
+    file = tmp_path / "photo"
+    file.write_bytes(photo(size, **options))
+    assert least * 2**20 <= file.stat().st_size < 2**24
+    (expected,) = predict(file, good_run)
+    for body, kind in ((file.read_bytes(), "image/jpeg"), (form(part(file.read_bytes())), CURL)):
+        status, response, _ = ask(port, body, **{"Content-Type": kind})
+        assert (status, response["digit"]) == (200, 7)
+        np.testing.assert_allclose(response["probabilities"], [expected[f"p{i}"] for i in range(10)], atol=1e-5)
+
+
+def test_33_beside_four_large_images_small_ones_are_answered_and_more_large_ones_are_not(port: int) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000000\r\n\r\n"
+    many_pixels = photo((3024, 4032), format="JPEG", quality=10)
+    assert len(many_pixels) < 2**20
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            connection = stack.enter_context(socket.create_connection((HOST, port)))
+            connection.sendall(head + bytes(1_500_000))
+        time.sleep(0.5)
+        for body in (bytes(1_500_000), many_pixels):
+            response = ask(port, body)
+            assert (
+                refused(response, 503, "4 predictions of large images are in progress") and response[2]["retry-after"]
+            )
+        assert ask(port, ZERO)[0] == 200
+    deadline = time.monotonic() + 6
+    while (status := ask(port, many_pixels)[0]) == 503 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert status == 200
+
+
+def test_two_shapes_are_refused_unless_asked_not_to(port: int, digits) -> None:
+    one, other = (np.kron(255 - digits[0][list(digits[1]).index(digit)], np.ones((5, 5), np.uint8)) for digit in (4, 7))
+    both = png(np.hstack([one, other]))
+    sentence = "the image shows two shapes side by side instead of one digit"
+    for query in ("", "?refuse=true", "?pixels=true"):
+        assert refused(ask(port, both, f"/predict{query}"), 422, sentence)
+    status, response, _ = ask(port, both, "/predict?refuse=false&pixels=true")
+    assert (status, list(response)) == (200, ["digit", "probabilities", "pixels"])
+    for name in ("refuse", "pixels"):
+        for value in ("", "1", "False", "no", "%00"):
+            assert refused(ask(port, both, f"/predict?{name}={value}"), 422, f"{name} must be true or false")
+
+
+def test_openapi_describes_the_api(port: int) -> None:
+    from mnist_lit.inference import web
+
+    status, served, headers = ask(port, path="/openapi.json", method="GET")
+    assert (status, served, headers["content-type"]) == (200, API, "application/json")
+    assert API["info"]["version"] == __version__
+    predict = API["paths"]["/predict"]["post"]
+    assert [each["name"] for each in predict["parameters"]] == ["pixels", "refuse"]
+    limits = [web.MAX_BYTES, web.MAX_PNG_PIXELS, web.MAX_PIXELS, web.SMALL_BYTES]
+    for text, named in (
+        (json.dumps(predict["requestBody"]), limits[:3]),
+        ((ROOT / "conf/serve.yaml").read_text(), limits),
+    ):
+        assert [f"{limit:,}" for limit in named if f"{limit:,}" not in text] == []
+    if jsonschema:
+        for schema in API["components"]["schemas"].values():
+            jsonschema.Draft202012Validator.check_schema(schema)
+        pixels = jsonschema.Draft202012Validator(API["components"]["schemas"]["Pixels"])
+        assert pixels.is_valid(json.loads(ZERO)) and not pixels.is_valid({"pixels": [2] * 784})
 
 
 def test_33_another_host_is_refused(port: int) -> None:
@@ -414,6 +591,24 @@ def test_digits_drawn_with_the_mouse_are_recognized(
         assert page.locator("progress").nth(digit).evaluate("bar => bar.value") == 0
     assert answer.get_attribute("aria-live") == "polite"
     assert all(url.startswith(f"http://{HOST}:{port}/") for url in requests)
+
+
+def test_the_page_says_why_a_drawing_is_refused(port: int, browser: Browser) -> None:
+    page = browser(390, 844, "light")
+    page.goto(f"http://{HOST}:{port}/")
+    paper = page.locator("#drawing").bounding_box()
+    top = page.locator("#digits").bounding_box()["y"]
+    for x in (0.15, 0.8):
+        page.mouse.move(paper["x"] + paper["width"] * x, paper["y"] + paper["height"] * 0.2)
+        page.mouse.down()
+        page.mouse.move(paper["x"] + paper["width"] * x, paper["y"] + paper["height"] * 0.8, steps=8)
+        page.mouse.up()
+        page.get_by_text("This is a 1" if x < 0.5 else "the image shows two shapes side by side").wait_for()
+    assert page.locator("progress").evaluate_all("bars => Math.max(...bars.map(bar => bar.value))") == 0
+    assert page.locator(".best").count() == 0
+    assert page.locator("#digits").bounding_box()["y"] == pytest.approx(top, abs=1)
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_text("Nothing drawn yet").wait_for()
 
 
 def test_digits_can_be_drawn_with_the_keyboard(port: int, browser: Browser) -> None:

@@ -1,13 +1,19 @@
 """Web application: a page to draw digits on and the JSON API behind it.
 
 Each prediction request carries one image. Its body is read under a size and a time limit, and the prediction runs in a
-thread. While ``MAX_CONCURRENT`` predictions are in progress, further requests get 503. Every error is JSON.
+thread. While ``MAX_CONCURRENT`` predictions are in progress, further requests get 503. Large images have few of these
+places and a single thread, so that drawings need not wait for them. Every error is JSON. ``page/openapi.json``
+describes the API.
 """
 
 import asyncio
 import io
 import json
+import logging
 import os
+import time
+import warnings
+from functools import partial
 from typing import Any
 
 import anyio
@@ -15,6 +21,8 @@ import numpy as np
 import torch
 from anyio.to_thread import run_sync
 from PIL import Image
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import File, FormParser, parse_options_header
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -26,15 +34,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnist_lit import __version__
 from mnist_lit.inference.digit import to_mnist
-from mnist_lit.inference.images import read_grey
+from mnist_lit.inference.images import DECODE_ERRORS, FORMATS, HEIC, read_grey
 from mnist_lit.inference.ink import SIDE, ImageError
 from mnist_lit.inference.trained import TrainedModel
 
-MAX_BYTES = 2**20  # of a request body
-MAX_DISCARDED = 16 * MAX_BYTES  # a larger body is read up to here, so that the client gets to read the error
+MAX_BYTES = 2**24  # of a request body: a phone's photo of 48 megapixels
+MAX_DISCARDED = (
+    4 * MAX_BYTES
+)  # so much of a refused body is read nevertheless, so that the client gets to read the error
+MAX_PIXELS = 50_000_000  # of a JPEG, which is decoded at down to an eighth of its size
+MAX_PNG_PIXELS = 12_500_000  # of a PNG, which is decoded whole
 MAX_SECONDS = 5.0  # for a body to arrive
-MAX_PIXELS = 1024 * 1024  # of an image, checked before it is decoded
-MAX_CONCURRENT = 64  # predictions in progress: at most 64 MiB of bodies and a wait of a tenth of a second
+FORM_SECONDS = 1 / 16  # of a thread's time to take apart a MiB of a form, which takes a tenth of it
+PIECE = 2**16  # bytes of a form that are taken apart together
+
+# What is larger is a large image, and takes one of their places.
+SMALL_BYTES = 2**20
+SMALL_PIXELS = 1024 * 1024
+
+MAX_CONCURRENT = 64  # predictions in progress
+MAX_LARGE = 4  # of them with a large image, so that all bodies take at most 60 x 1 + 4 x 16 = 124 MiB
+
+# A client's mistakes would fill the terminal.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module="PIL")
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -46,7 +69,7 @@ HEADERS = {
 
 
 def application(model: TrainedModel, hosts: tuple[str, ...] = ()) -> ASGIApp:
-    """An ASGI application that serves the page at ``/``, ``/predict`` (POST) and ``/health``.
+    """An ASGI application that serves the page at ``/``, ``/predict`` (POST), ``/health`` and ``/openapi.json``.
 
     Args:
         hosts: Accepted values of the Host header; empty accepts any. Restrict it for a local server: otherwise a
@@ -63,8 +86,10 @@ def application(model: TrainedModel, hosts: tuple[str, ...] = ()) -> ASGIApp:
 
 class _Predictor:
     def __init__(self, model: TrainedModel) -> None:
-        self.model, self.names, self.in_progress = model, model.names, 0
+        self.model, self.names = model, model.names
+        self.in_progress, self.large = set[Request](), set[Request]()
         self.threads = anyio.CapacityLimiter(os.cpu_count() or 1)
+        self.thread_of_large = anyio.CapacityLimiter(1)
         for format in ("PNG", "JPEG"):  # warm up: the first predictions are slower
             file = io.BytesIO()
             Image.fromarray(np.eye(2 * SIDE, dtype=np.uint8) * 255).save(file, format)
@@ -75,24 +100,63 @@ class _Predictor:
 
         If the model's classes are no digits, ``name`` is that of the class.
         With ``?pixels=true`` the response also has ``pixels``, the 784 numbers from 0 to 1 that the network received.
+        With ``?refuse=false`` an image that shows two shapes is answered for the likelier one.
         """
         if request.method != "POST":
             raise HTTPException(405, "send the image with POST", {"Allow": "POST"})
-        if self.in_progress >= MAX_CONCURRENT:
-            raise HTTPException(503, f"{MAX_CONCURRENT} predictions are in progress: try again", {"Retry-After": "1"})
-        self.in_progress += 1
+        wants_pixels, refuse = _flag(request, "pixels", "false"), _flag(request, "refuse", "true")
         try:
-            result = await run_sync(self._predict, await _body(request), limiter=self.threads)
+            _admit(request, self.in_progress, MAX_CONCURRENT, "predictions")
+            body = await self._body(request)
+            work = partial(self._predict, body, request.headers.get("Content-Type", ""), refuse)
+            result = {} if request in self.large else await run_sync(work, limiter=self.threads)
+            if not result:
+                _admit(request, self.large, MAX_LARGE, "predictions of large images")
+                result = await run_sync(partial(work, large=True), limiter=self.thread_of_large)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody is listening any more
         finally:
-            self.in_progress -= 1
-        if request.query_params.get("pixels") != "true":
+            self.in_progress.discard(request)
+            self.large.discard(request)
+        if not wants_pixels:
             del result["pixels"]
         return JSONResponse(result)
 
-    def _predict(self, body: bytes) -> dict[str, Any]:
-        image = _from_json(body) if body.lstrip()[:1] in (b"{", b"[") else _from_file(body)
+    async def _body(self, request: Request) -> bytes:
+        """Read the request body; raise an HTTPException if it is too large or arrives too slowly."""
+        body, chunks = bytearray(), request.stream()
+        try:
+            async with asyncio.timeout(MAX_SECONDS):
+                async for chunk in chunks:
+                    try:
+                        self._check(request, len(body) + len(chunk))
+                    except HTTPException:
+                        left = MAX_DISCARDED
+                        while left > 0 and (chunk := await anext(chunks, b"")):
+                            left -= len(chunk)
+                        raise
+                    body += chunk
+        except TimeoutError as error:
+            reason = f"the body did not arrive within {MAX_SECONDS:g} seconds"
+            raise HTTPException(408, reason, {"Connection": "close"}) from error
+        return bytes(body)
+
+    def _check(self, request: Request, size: int) -> None:
+        if size > MAX_BYTES:
+            raise HTTPException(413, f"the body is larger than {MAX_BYTES:,} bytes", {"Connection": "close"})
+        if size > SMALL_BYTES:
+            _admit(request, self.large, MAX_LARGE, "predictions of large images")
+
+    def _predict(self, body: bytes, content_type: str = "", refuse: bool = True, large: bool = False) -> dict[str, Any]:
+        """The response to a body; empty if it has a large image and ``large`` is False."""
+        kind, options = parse_options_header(content_type)
+        file = _from_form(body, options.get(b"boundary", b"")) if kind == b"multipart/form-data" else body
+        if file.lstrip()[:1] in (b"{", b"["):
+            image = _from_json(file)
+        elif large or _pixels(file) <= SMALL_PIXELS:
+            image = _from_file(file, refuse)
+        else:
+            return {}
         with torch.inference_mode():
             probabilities = self.model(torch.from_numpy(image)[None, None])[0]
         digit = int(probabilities.argmax())
@@ -104,38 +168,87 @@ class _Predictor:
         }
 
 
-async def _body(request: Request) -> bytes:
-    """Read the request body; raise an HTTPException if it is too large or arrives too slowly."""
-    body, size = bytearray(), 0
+def _flag(request: Request, name: str, default: str) -> bool:
+    value = request.query_params.get(name, default)
+    if value not in ("true", "false"):
+        raise HTTPException(422, f"{name} must be true or false")
+    return value == "true"
+
+
+def _admit(request: Request, admitted: set[Request], most: int, what: str) -> None:
+    if request not in admitted and len(admitted) >= most:
+        raise HTTPException(503, f"{most} {what} are in progress: try again", {"Retry-After": "1"})
+    admitted.add(request)
+
+
+def _from_form(body: bytes, boundary: bytes) -> bytes:
+    """The content of the one file in a multipart/form-data body; raise an HTTPException if that is impossible."""
+    if not boundary:
+        raise HTTPException(400, "the Content-Type multipart/form-data must name the boundary: boundary=...")
+    files: list[File] = []
+    ends: list[bool] = []
+    deadline = time.thread_time() + FORM_SECONDS * (1 + len(body) / 2**20)
     try:
-        async with asyncio.timeout(MAX_SECONDS):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= MAX_BYTES:
-                    body += chunk
-                elif size > MAX_DISCARDED:
-                    break
-    except TimeoutError as error:
-        reason = f"the body did not arrive within {MAX_SECONDS:g} seconds"
-        raise HTTPException(408, reason, {"Connection": "close"}) from error
-    if size > MAX_BYTES:
-        raise HTTPException(413, f"the body is larger than {MAX_BYTES:,} bytes", {"Connection": "close"})
-    return bytes(body)
+        form = FormParser(
+            "multipart/form-data",
+            on_field=None,
+            on_file=files.append,
+            on_end=lambda: ends.append(True),
+            boundary=boundary,
+            config={"MAX_MEMORY_FILE_SIZE": MAX_BYTES},  # none is written to disk
+        )
+        for start in range(0, len(body), PIECE):
+            form.write(body[start : start + PIECE])
+            if len(files) > 1:
+                raise HTTPException(400, "the form has several files: send one")
+            if time.thread_time() > deadline:
+                raise HTTPException(400, "the form takes too long to read: send the image as the body")
+    except FormParserError as error:
+        raise HTTPException(400, "the form is not valid multipart/form-data") from error
+    if not ends:
+        raise HTTPException(400, "the form is cut short: its last boundary is missing")
+    if not files:
+        raise HTTPException(400, "the form has no file: send one, as curl -F file=@FILE does")
+    file = files[0].file_object
+    file.seek(0)
+    return file.read()
 
 
-def _from_file(body: bytes) -> np.ndarray:
+def _pixels(file: bytes) -> int:
+    """How many pixels the head of a PNG or JPEG file promises; 0 if it is none."""
+    try:
+        with Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) as image:
+            return image.width * image.height
+    except (*DECODE_ERRORS, Image.DecompressionBombError):  # read_grey says what is wrong with it
+        return 0
+
+
+def _from_file(file: bytes, refuse: bool) -> np.ndarray:
     """The network's input, float32 [28, 28], from an image file; raise an HTTPException if that is impossible."""
-    if not body.startswith((b"\x89PNG", b"\xff\xd8")):
-        raise HTTPException(415, f'send a PNG or JPEG image, or JSON: {{"pixels": [{SIDE * SIDE} numbers]}}')
+    if not file.startswith((b"\x89PNG", b"\xff\xd8")):
+        other = _other_format(file)
+        found = f", not {other}, which only predict reads" if other else ""
+        raise HTTPException(415, f'send a PNG or JPEG image{found}, or JSON: {{"pixels": [{SIDE * SIDE} numbers]}}')
     try:
-        grey = read_grey(io.BytesIO(body), formats=("PNG", "JPEG"), max_pixels=MAX_PIXELS)
-        return to_mnist(grey).astype(np.float32) / 255
+        max_pixels = MAX_PNG_PIXELS if file.startswith(b"\x89PNG") else MAX_PIXELS
+        grey = read_grey(io.BytesIO(file), formats=("PNG", "JPEG"), max_pixels=max_pixels)
+        return to_mnist(grey, refuse).astype(np.float32) / 255
     except ImageError as error:
         raise HTTPException(422, f"the image {error}") from error
 
 
+def _other_format(file: bytes) -> str:
+    """The format that ``predict`` would read the file in, going by how it begins; empty if none."""
+    Image.init()  # Pillow loads the rarer formats only then
+    accepts = ((name, Image.OPEN[name][1]) for name in FORMATS if name in Image.OPEN)
+    found = "HEIC" if file[4:12] in HEIC else ""
+    return found or next((name for name, accept in accepts if accept and accept(file[:16])), "")
+
+
 def _from_json(body: bytes) -> np.ndarray:
     """The network's input, float32 [28, 28], from JSON; raise an HTTPException unless it has 784 numbers from 0 to 1."""
+    if len(body) > SMALL_BYTES:  # while json.loads is at work, no other thread is
+        raise HTTPException(413, f"the JSON is larger than {SMALL_BYTES:,} bytes")
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:

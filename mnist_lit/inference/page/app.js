@@ -144,12 +144,12 @@ async function predict() {
       const result = await response.json();
       if (response.ok) {
         if (!empty) show(result);
-      } else {
+      } else if (response.status === 503) {
         answer.textContent = result.error;
-        if (response.status === 503) {
-          sent = -1; // busy: retry
-          pause = 1000;
-        }
+        sent = -1; // busy: retry
+        pause = 1000;
+      } else if (!empty) {
+        show(null, result.error);
       }
     } catch {
       answer.textContent = "The server is not responding";
@@ -159,7 +159,7 @@ async function predict() {
   predicting = false;
 }
 
-function show(result) {
+function show(result, otherwise = "Nothing drawn yet") {
   const image = seen.createImageData(28, 28);
   rows.forEach(({ row, bar, share }, digit) => {
     const probability = result?.probabilities[digit] ?? 0;
@@ -172,7 +172,7 @@ function show(result) {
     image.data.set([grey, grey, grey, 255], 4 * i);
   }
   seen.putImageData(image, 0, 0);
-  answer.textContent = result ? `${result.name ? `This is: ${result.name}` : `This is a ${result.digit}`} (${percent(result.probabilities[result.digit])})` : "Nothing drawn yet";
+  answer.textContent = result ? `${result.name ? `This is: ${result.name}` : `This is a ${result.digit}`} (${percent(result.probabilities[result.digit])})` : otherwise;
 }
 
 function percent(probability) {
