@@ -2,18 +2,19 @@
 
 import glob
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -25,11 +26,15 @@ from mnist_lit.inference.contact_sheet import MAX_IMAGES, contact_sheet_of
 from mnist_lit.storage.atomic import atomic_write, require_free
 from mnist_lit.storage.tables import to_csv
 
+if TYPE_CHECKING:
+    from mnist_lit.inference.detector import DigitDetector
+    from mnist_lit.inference.trained import TrainedModel
+
 BATCH_SIZE = 128  # images that are read, and then predicted, together
 MIN_PARALLEL = 512  # from this many images on, worker processes read them
 COLUMNS = ("file", "digit", "probability", *(f"p{digit}" for digit in range(10)), "error")
 
-LoadedImage = tuple[str, np.ndarray | None, str]  # path; uint8 [28, 28], or None and the reason
+LoadedImage = tuple[str, list[np.ndarray], str]  # path; its digits, uint8 [28, 28] each, or none and the reason
 
 
 def predict(
@@ -38,6 +43,7 @@ def predict(
     output: str | Path | None = None,
     preprocess: str = "mnist",
     refuse: bool = True,
+    segments: bool = False,
     contact_sheet: str | Path | None = None,
     overwrite: bool = False,
     trust: Iterable[str] = (),
@@ -47,8 +53,9 @@ def predict(
     Returns:
         A row per image, in the order of ``images``, with the keys ``COLUMNS``: the file, the predicted digit, its
         probability, the probabilities of all ten digits (``p0`` to ``p9``) and ``error``. If the image cannot be read, or
-        shows no digit, ``error`` says why and the others are None; otherwise ``error`` is None. If the model's classes are no digits,
-        ``digit`` is the number of the class and ``name`` its name.
+        shows no digit, ``error`` says why and the others are None; otherwise ``error`` is None. If the model's classes
+        are no digits, ``digit`` is the number of the class and ``name`` its name. With ``segments``, ``digit`` is the
+        text of all digits from left to right, such as ``"374"``, and ``probability`` that all of them are right.
 
     Raises:
         UserError: No image is found, an output cannot be written, or the checkpoint cannot be loaded.
@@ -59,34 +66,36 @@ def predict(
             if Path(path).suffix.lower() not in endings:
                 raise UserError(f"{key}={path}: must end in {' or '.join(endings)}")
             require_free(key, Path(path), overwrite)
+    if segments and preprocess != "mnist":
+        raise UserError("segments=true finds the digits in the ink, and needs preprocess=mnist")
     found = list(find_images([images] if isinstance(images, (str, Path)) else images))
     if all(error for _, error in found):
         raise UserError("; ".join(f"images={path}: {error}" for path, error in found))
     rows: list[dict[str, Any]] = []
-    thumbnails: list[np.ndarray | None] = []
+    cells: list[tuple[dict[str, Any], np.ndarray | None]] = []
     paths = [path for path, error in found if not error]
-    with _loader(paths, preprocess, refuse) as batches, tqdm(total=len(paths), unit=" images", disable=None) as bar:
+    load_batch = partial(_load_batch, preprocess=preprocess, refuse=refuse, segments=segments)
+    with _loader(paths, load_batch) as batches, tqdm(total=len(paths), unit=" images", disable=None) as bar:
         with loading("PyTorch"):  # while the workers are already reading
-            import torch
-
+            from mnist_lit.inference.detector import NO_DIGIT, load_detector
             from mnist_lit.inference.trained import load_for_pictures
 
         model = load_for_pictures(latest.resolve(ckpt), trust)
+        detector = load_detector() if refuse and model.reads_digits else None
         for batch in batches:
-            pixels = [each for _, each, _ in batch if each is not None]
-            probabilities: Iterator[list[float]] = iter(())
-            if pixels:
-                with torch.inference_mode():
-                    inputs = torch.from_numpy(np.stack(pixels)).unsqueeze(1) / 255
-                    probabilities = iter(model(inputs).tolist())
-            rows += [
-                _row(path, None if each is None else next(probabilities), error, model.names)
-                for path, each, error in batch
-            ]
-            thumbnails += [each for _, each, _ in batch] if contact_sheet and len(thumbnails) < MAX_IMAGES else []
+            predicted = _predicted([digit for _, digits, _ in batch for digit in digits], model, detector)
+            for path, digits, error in batch:
+                each = [next(predicted) for _ in digits]
+                if any(probabilities is None for probabilities in each):
+                    error = NO_DIGIT
+                parts = [_row(path, probabilities, error, model.names) for probabilities in each if not error]
+                rows.append((_joined(parts) if segments else parts[0]) if parts else _row(path, None, error))
+                if contact_sheet and len(cells) < MAX_IMAGES:
+                    pictures: list[np.ndarray | None] = [*digits] or [None]
+                    cells += zip(parts or [rows[-1]] * len(pictures), pictures, strict=True)
             bar.update(len(batch))
     if contact_sheet:
-        atomic_write(Path(contact_sheet), contact_sheet_of(rows, thumbnails))
+        atomic_write(Path(contact_sheet), contact_sheet_of(cells))
     rows += [_row(path, None, error) for path, error in found if error]
     if output:
         is_csv = Path(output).suffix.lower() == ".csv"
@@ -95,14 +104,31 @@ def predict(
     return rows
 
 
+def _predicted(
+    images: list[np.ndarray], model: "TrainedModel", detector: "DigitDetector | None"
+) -> Iterator[list[float] | None]:
+    """The ten probabilities of each image, uint8 [28, 28]; None if the detector sees no digit in it."""
+    import torch
+
+    if not images:
+        return iter(())
+    with torch.inference_mode():
+        inputs = torch.from_numpy(np.stack(images)).unsqueeze(1) / 255
+        shown = detector.shows_digit(inputs).tolist() if detector else [True] * len(images)
+        probabilities = model(inputs).tolist()
+    return (each if digit else None for each, digit in zip(probabilities, shown, strict=True))
+
+
 def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
     """Each image file once, with an empty string; and each pattern that matches none, with the reason.
 
     Args:
         patterns: Files; folders, which are searched recursively; glob patterns such as ``a/*.png``; ``-``, which is the
-            standard input.
+            standard input. An ``.npy`` or ``.npz`` file yields a name for each of its images.
     """
+    from mnist_lit.inference import arrays
     from mnist_lit.inference.images import ENDINGS
+    from mnist_lit.inference.ink import ImageError
 
     def expand(path: str) -> list[str]:
         if not os.path.isdir(path):
@@ -123,9 +149,18 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
         if not files:
             yield pattern, error
         for file in files:
-            if file not in seen:
-                seen.add(file)
-                yield file, "" if Path(file).exists() else "no such file"
+            if file in seen:
+                continue
+            seen.add(file)
+            if not Path(file).exists():
+                yield file, "no such file"
+            elif file.lower().endswith(arrays.ENDINGS):
+                try:
+                    yield from ((name, "") for name in arrays.names_in(file))
+                except ImageError as error:
+                    yield file, str(error)
+            else:
+                yield file, ""
 
 
 def skipped(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
@@ -150,10 +185,11 @@ def skipped(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _loader(paths: list[str], preprocess: str, refuse: bool) -> Iterator[Iterator[list[LoadedImage]]]:
+def _loader(
+    paths: list[str], load_batch: Callable[[list[str]], list[LoadedImage]]
+) -> Iterator[Iterator[list[LoadedImage]]]:
     """Iterate over batches of images, which worker processes read ahead if there are many."""
     batches = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
-    load_batch = partial(_load_batch, preprocess=preprocess, refuse=refuse)
     if len(paths) < MIN_PARALLEL:
         yield map(load_batch, batches)
         return
@@ -171,8 +207,10 @@ def _loader(paths: list[str], preprocess: str, refuse: bool) -> Iterator[Iterato
         workers.shutdown(cancel_futures=True)
 
 
-def _load_batch(paths: list[str], preprocess: str, refuse: bool) -> list[LoadedImage]:
-    from mnist_lit.inference.images import prepare
+def _load_batch(paths: list[str], preprocess: str, refuse: bool, segments: bool) -> list[LoadedImage]:
+    from mnist_lit.inference import arrays
+    from mnist_lit.inference.digit import each_to_mnist
+    from mnist_lit.inference.images import normalized, read_grey, reduced_grey
     from mnist_lit.inference.ink import ImageError
 
     loaded: list[LoadedImage] = []
@@ -180,10 +218,14 @@ def _load_batch(paths: list[str], preprocess: str, refuse: bool) -> list[LoadedI
         warnings.simplefilter("ignore")  # Pillow's, about unusual files
         for path in paths:
             try:
-                file = sys.stdin.buffer if path == "-" else path
-                loaded.append((path, prepare(file, preprocess, refuse), ""))
+                if arrays.NAME.fullmatch(path):
+                    grey = reduced_grey(arrays.read_named(path))
+                else:
+                    grey = read_grey(sys.stdin.buffer if path == "-" else path)
+                digits = each_to_mnist(grey) if segments else [normalized(grey, preprocess, refuse)]
+                loaded.append((path, digits, ""))
             except ImageError as error:
-                loaded.append((path, None, str(error)))
+                loaded.append((path, [], str(error)))
     return loaded
 
 
@@ -196,6 +238,13 @@ def _row(
     rounded = {f"p{i}": round(probability, 6) for i, probability in enumerate(probabilities)}
     name = {"name": names[digit]} if names else {}
     return {"file": path, "digit": digit, **name, "probability": rounded[f"p{digit}"], **rounded, "error": None}
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of an image with several digits, from theirs."""
+    text = (" " if "name" in parts[0] else "").join(str(part.get("name", part["digit"])) for part in parts)
+    probability = round(math.prod(part["probability"] for part in parts), 6)
+    return {**dict.fromkeys(COLUMNS), "file": parts[0]["file"], "digit": text, "probability": probability}
 
 
 def _command(**values: Any) -> None:

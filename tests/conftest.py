@@ -172,6 +172,20 @@ def digits(good_run: Path) -> tuple[np.ndarray, np.ndarray]:
     return data.test_images[:1000].numpy(), data.test_labels[:1000].numpy()
 
 
+@pytest.fixture(scope="session")
+def clear(good_run: Path, digits) -> tuple[np.ndarray, np.ndarray]:
+    """Those of ``digits`` that the model of ``good_run`` reads rightly, and is sure of."""
+    import torch
+
+    from mnist_lit import load
+
+    images, labels = digits
+    with torch.inference_mode():
+        probabilities = load(good_run)(torch.from_numpy(images).unsqueeze(1) / 255).numpy()
+    sure = (probabilities.argmax(1) == labels) & (probabilities.max(1) > 0.95)
+    return images[sure], labels[sure]
+
+
 Browser = Callable[[int, int, str], Any]
 
 

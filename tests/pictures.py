@@ -1,9 +1,11 @@
-"""Pictures of digits as people have them: on squared paper, in boxes, under a shadow, on a table, two at once ..."""
+"""Pictures as people have them: digits on squared paper, in boxes, under a shadow, two at once; and what is no digit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
 Pixels = np.ndarray
@@ -198,9 +200,89 @@ KINDS = {
 
 def two(digits: tuple[Pixels, Pixels], random: Random) -> Pixels:
     """Two digits side by side."""
+    return row_of(digits, random)
+
+
+def row_of(digits: Sequence[Pixels], random: Random) -> Pixels:
+    """Digits from left to right that do not touch."""
     high = int(random.integers(80, 200))
-    both = [strokes(digit, random.uniform(0.45, 0.7) * high) for digit in digits]
+    inks = [strokes(digit, random.uniform(0.45, 0.7) * high) for digit in digits]
     gap = np.zeros((high, int(random.uniform(0.1, 0.4) * high)))
-    tall = [placed(ink, (high, ink.shape[1] + 2), random, 0.05) for ink in both]
-    ink = np.hstack([gap, tall[0], gap, tall[1], gap])
+    tall = [placed(ink, (high, ink.shape[1] + 2), random, 0.05) for ink in inks]
+    ink = np.hstack([gap, *(part for one in tall for part in (one, gap))])
     return mixed(paper(ink.shape, random), ink, random.uniform(5, 90))
+
+
+LETTERS = "ACEFHJKMNPRTUVWXYabcdefhjkmnprtuvwxy"  # those that no digit is written like
+
+
+def letter(random: Random) -> Pixels:
+    fonts = sorted(map(str, Path(matplotlib.get_data_path(), "fonts/ttf").glob("DejaVu*[!y].ttf")))
+    shape, font = size(random), ImageFont.truetype(random.choice(fonts), 100)
+
+    def draw(on: ImageDraw.ImageDraw) -> None:
+        on.text((50, 50), str(random.choice([*LETTERS])), font=font, fill=255)
+
+    ink = Image.fromarray(cropped(drawn((250, 250), draw), 0.2))
+    factor = random.uniform(0.35, 0.65) * min(shape) / max(ink.size)
+    ink = ink.resize((max(2, round(ink.width * factor)), max(2, round(ink.height * factor))))
+    return mixed(paper(shape, random), placed(np.asarray(ink), shape, random), random.uniform(5, 90))
+
+
+def sign(random: Random) -> Pixels:
+    """A polygon, a star, a cross, a smile or a grid, drawn or filled."""
+    shape = high, wide = size(random)
+    kind, turn, width = random.integers(5), random.uniform(0, 6), max(2, round(random.uniform(0.03, 0.1) * min(shape)))
+    radius, middle = random.uniform(0.2, 0.4) * min(shape), np.array([wide, high]) / 2
+
+    def around(count: int, radius: float = radius, turn: float = turn) -> list[tuple[float, ...]]:
+        angles = turn + 2 * np.pi * np.arange(count) / count
+        return [*map(tuple, middle + radius * np.stack([np.cos(angles), np.sin(angles)], 1))]
+
+    def draw(on: ImageDraw.ImageDraw) -> None:
+        if kind < 2:
+            corners = around(int(random.integers(3, 7)))
+            if kind == 1:
+                tips = zip(around(5), around(5, 0.4 * radius, turn + np.pi / 5), strict=True)
+                corners = [corner for both in tips for corner in both]
+            if random.random() < 0.5:
+                on.polygon(corners, fill=255)
+            else:
+                on.line([*corners, *corners[:2]], fill=255, width=width, joint="curve")
+        elif kind == 2:
+            for point in around(4):
+                on.line([tuple(middle), point], fill=255, width=width)
+        elif kind == 3:
+            on.ellipse((*(middle - radius), *(middle + radius)), outline=255, width=width)
+            on.arc((*(middle - radius / 2), *(middle + radius / 2)), 20, 160, fill=255, width=width)
+            for side in (-0.4, 0.4):
+                eye = middle + radius * np.array([side, -0.3])
+                on.ellipse((*(eye - radius / 7), *(eye + radius / 7)), fill=255)
+        else:
+            for place in np.linspace(-radius, radius, 4):
+                ends = np.array([[place, -radius], [place, radius]])
+                for line in (middle + ends, middle + ends[:, ::-1]):
+                    on.line([*map(tuple, line)], fill=255, width=width)
+
+    return mixed(paper(shape, random), drawn(shape, draw), random.uniform(5, 90))
+
+
+def texture(random: Random) -> Pixels:
+    shape = high, wide = size(random)
+    y, x = np.mgrid[:high, :wide]
+    period, angle = random.uniform(5, 40), random.uniform(0, np.pi)
+    u, v = (2 * np.pi * (x * np.cos(a) + y * np.sin(a)) / period for a in (angle, angle + np.pi / 2))
+    rings = np.sin(2 * np.pi * np.hypot(x - wide / 2, y - high / 2) / period)
+    wood = ndimage.gaussian_filter(random.normal(0, 1, shape), (1, random.uniform(5, 20)))
+    kinds = [np.sin(u), np.sign(np.sin(u) * np.sin(v)), rings, wood / abs(wood).max()]
+    return 128 + 100 * kinds[random.integers(4)] + random.normal(0, random.uniform(0.1, 8), shape)
+
+
+def noise(random: Random) -> Pixels:
+    shape = size(random)
+    blobs = ndimage.gaussian_filter(random.normal(0, 1, shape), random.uniform(0.1, 8))
+    specks = ndimage.gaussian_filter((random.random(shape) < random.uniform(0.002, 0.05)) * 255.0, 0.6)
+    return 255 - specks if random.random() < 0.3 else 128 + random.uniform(20, 60) * blobs / blobs.std()
+
+
+NO_DIGITS = {each.__name__: each for each in (letter, sign, texture, noise)}

@@ -96,8 +96,9 @@ def request(method: str, path: str, body: bytes | None = None, *headers: str, ve
 
 
 def picture(size: tuple[int, int], format: str = "PNG") -> bytes:
+    """A 1, dark on white."""
     pixels = np.full(size, 255, np.uint8)
-    pixels[size[0] // 4 : size[0] // 2, size[1] // 3 : size[1] // 2] = 0
+    pixels[size[0] // 5 : 4 * size[0] // 5, 9 * size[1] // 20 : 11 * size[1] // 20] = 0
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format)
     return file.getvalue()
@@ -289,7 +290,7 @@ def kinds(draw: random.Random) -> dict[str, Kind]:
         "PNG cut short": predict(PNG[:place], 200, 415, 422),
         "random body": predict(b"\0" + draw.randbytes(draw.randrange(3000)), 415),
         "bomb": predict(BOMB, 422),
-        "suspected bomb": predict(png_of_any_size(10_000, draw.randrange(9_000, 17_000)), 422),  # Pillow warns
+        "suspected bomb": predict(png_of_any_size(10_000, draw.randrange(9_000, 17_000)), 422, 503),  # Pillow warns
         "few bytes for many pixels": predict(png_of_any_size(1000, 1000), 422),
         "no pixels": predict(png_of_any_size(0, 0), 422),
         "blank": predict(png_of_any_size(28, 28, bytes(28 * 29)), 422),

@@ -1,5 +1,6 @@
 """Images of any kind normalized to MNIST's form; the numbers are the rows of docs/faults.md."""
 
+import contextlib
 import io
 import os
 import struct
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, assert_same
-from pictures import KINDS, two
+from pictures import KINDS, NO_DIGITS, two
 from PIL import Image
 from scipy import ndimage
 
 from mnist_lit.inference import web
+from mnist_lit.inference.detector import load_detector
 from mnist_lit.inference.digit import to_mnist
 from mnist_lit.inference.images import MAX_PIXELS, prepare, read_grey
 from mnist_lit.inference.ink import ImageError
@@ -123,16 +125,6 @@ def test_thin_strokes_are_thickened_to_those_of_mnist(good_run: Path, digits, mo
     assert accuracy(good_run, [prepare(saved(file), refuse=False) for file in files], labels) < thick
 
 
-@pytest.fixture(scope="module")
-def clear(good_run: Path, digits) -> tuple[Pixels, Pixels]:
-    """Digits that the model reads rightly, and is sure of, when they have MNIST's form."""
-    images, labels = digits
-    with torch.inference_mode():
-        probabilities = load(good_run)(torch.from_numpy(images).unsqueeze(1) / 255).numpy()
-    sure = (probabilities.argmax(1) == labels) & (probabilities.max(1) > 0.95)
-    return images[sure], labels[sure]
-
-
 def as_file(picture: Pixels) -> io.BytesIO:
     return saved(picture if picture.dtype == np.uint16 else picture.clip(0, 255).round().astype(np.uint8))
 
@@ -151,6 +143,41 @@ def test_pictures_as_people_have_them_are_read(kind: str, good_run: Path, clear)
 
 
 FLOORS = {"ruled": 0.93, "shadow": 0.95}
+
+
+def test_what_shows_no_digit_is_refused_or_unsure(good_run: Path) -> None:
+    random, model, detector = np.random.default_rng(7), load(good_run), load_detector()
+    honest = {}
+    for kind, make in NO_DIGITS.items():
+        honest[kind] = 0
+        for _ in range(125):
+            try:
+                inputs = torch.from_numpy(prepare(as_file(make(random))))[None, None] / 255
+            except ImageError:
+                honest[kind] += 1
+                continue
+            with torch.inference_mode():
+                honest[kind] += bool(not detector.shows_digit(inputs) or model(inputs).max() < 0.6)
+    assert sum(honest.values()) >= 450, honest
+
+
+def test_digits_on_paper_of_every_kind_show_a_digit(good_run: Path, clear) -> None:
+    """Less than 2 % of those that would be read rightly are refused."""
+    random, model, detector = np.random.default_rng(8), load(good_run), load_detector()
+    for kind, make in KINDS.items():
+        prepared, labels = [], []
+        for image, label in zip(clear[0][:150], clear[1], strict=False):
+            with contextlib.suppress(ImageError):
+                prepared.append(prepare(as_file(make(image, random))))
+                labels.append(label)
+        inputs = torch.from_numpy(np.stack(prepared)).unsqueeze(1) / 255
+        with torch.inference_mode():
+            right = model(inputs).argmax(1) == torch.tensor(labels)
+            assert (right & ~detector.shows_digit(inputs)).sum() < 3, kind
+
+
+def test_mnists_own_digits_show_a_digit(digits) -> None:
+    assert load_detector().shows_digit(torch.from_numpy(digits[0]).unsqueeze(1) / 255).float().mean() > 0.99
 
 
 def test_two_digits_are_no_digit(clear) -> None:

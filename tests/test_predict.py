@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import Command
 from helpers import ROOT
-from pictures import two
+from pictures import row_of, two
 from PIL import Image
 
 from mnist_lit import UserError, predict
@@ -37,29 +38,29 @@ def scans(digits, tmp_path: Path) -> Path:
     return folder
 
 
-def number(row: dict) -> int:
+def number_of(row: dict) -> int:
     return int(Path(row["file"]).stem)
 
 
 def test_rows_have_the_networks_own_probabilities(good_run: Path, digits, scans: Path) -> None:
     rows = predict_images(scans, good_run)
-    assert sorted(map(number, rows)) == list(range(12))
+    assert sorted(map(number_of, rows)) == list(range(12))
     with torch.inference_mode():
         expected = load(good_run)(torch.from_numpy(digits[0][:12]).unsqueeze(1) / 255)
     for row in rows:
         assert tuple(row) == COLUMNS and row["error"] is None
         probabilities = [row[f"p{digit}"] for digit in range(10)]
-        assert probabilities == pytest.approx(expected[number(row)].tolist(), abs=2e-6)
+        assert probabilities == pytest.approx(expected[number_of(row)].tolist(), abs=2e-6)
         assert row["digit"] == int(np.argmax(probabilities)) and row["probability"] == max(probabilities)
 
 
-def test_two_digits_in_a_picture_are_refused_unless_asked_for(good_run: Path, digits, tmp_path: Path) -> None:
+def test_two_digits_in_a_picture_are_refused_unless_asked_for(good_run: Path, clear, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    Image.fromarray(two((digits[0][0], digits[0][2]), random).clip(0, 255).astype(np.uint8)).save(tmp_path / "two.png")
+    Image.fromarray(two((clear[0][0], clear[0][-1]), random).clip(0, 255).astype(np.uint8)).save(tmp_path / "two.png")
     (row,) = predict_images(tmp_path / "two.png", good_run)
     assert row["error"] == "shows two shapes side by side instead of one digit" and row["digit"] is None
     (row,) = predict_images(tmp_path / "two.png", good_run, refuse=False)
-    assert row["error"] is None and row["digit"] in digits[1][[0, 2]]
+    assert row["error"] is None and row["digit"] in clear[1][[0, -1]]
 
 
 def test_many_images_read_by_worker_processes_give_the_same_rows(
@@ -143,7 +144,7 @@ def test_31_predict_as_a_command_with_good_and_bad_images(
     for row in rows:
         assert (row["digit"] == "") == (row["p0"] == "") == (row["error"] != "")
     good = [row for row in rows if not row["error"]]
-    assert sum(int(row["digit"]) == digits[1][number(row)] for row in good) >= 11
+    assert sum(int(row["digit"]) == digits[1][number_of(row)] for row in good) >= 11
     assert Image.open(folder / "sheet.png").size[0] > 400
     # Nothing else is left behind, such as a folder of Hydra's.
     assert {path.name for path in folder.iterdir()} - before == {"result 1.csv", "sheet.png"}
@@ -151,7 +152,7 @@ def test_31_predict_as_a_command_with_good_and_bad_images(
     listed = command("images=['scans (1), mine/01.tif','scans (1), mine/more']", "output=r.json", f"ckpt={good_run}",
                      cwd=folder, verb=verb)  # fmt: skip
     assert listed.returncode == 0, listed.stderr
-    assert [number(row) for row in json.loads((folder / "r.json").read_text())] == [1, 0, 3, 6, 9]
+    assert [number_of(row) for row in json.loads((folder / "r.json").read_text())] == [1, 0, 3, 6, 9]
 
     shown = command("images=scans (1), mine/01.tif", f"ckpt={good_run}", cwd=folder, verb=verb)
     assert shown.stdout.startswith("scans (1), mine/01.tif: ") and shown.stdout.endswith("%)\n")
@@ -195,6 +196,70 @@ def test_the_standard_input_is_an_image(good_run: Path, scans: Path, monkeypatch
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((scans / "01.tif").read_bytes())))
     (given,) = predict_images("-", good_run)
     assert given == {**file, "file": "-"}
+
+
+def test_several_digits_are_read_from_left_to_right(good_run: Path, clear, tmp_path: Path) -> None:
+    random, (images, labels) = np.random.default_rng(0), clear
+    wanted = {}
+    for number in range(40):
+        chosen = random.choice(len(images), random.integers(1, 5))
+        picture = row_of([images[each] for each in chosen], random).clip(0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+        wanted[number] = "".join(str(labels[each]) for each in chosen)
+    rows = predict_images(tmp_path, good_run, segments=True, contact_sheet=tmp_path / "sheet.png")
+    assert sum(row["digit"] == wanted[number_of(row)] for row in rows) >= 36
+    assert all(tuple(row) == COLUMNS and row["p0"] is None for row in rows)
+    (one,) = predict_images(tmp_path / "0.png", good_run, segments=True, refuse=False)
+    assert 0 < one["probability"] <= 1
+    with pytest.raises(UserError, match="needs preprocess=mnist"):
+        predict_images(tmp_path, good_run, segments=True, preprocess="none")
+
+
+@pytest.fixture
+def arrays(digits, tmp_path: Path) -> Path:
+    images, labels = digits[0][:6], digits[1][:6]
+    np.save(tmp_path / "bytes.npy", images)
+    np.save(tmp_path / "flat.npy", images.reshape(6, 784))
+    np.save(tmp_path / "channels last.npy", images[..., None] / np.float32(255))
+    np.save(tmp_path / "channels first.npy", images[:, None].astype(np.int64))
+    np.save(tmp_path / "colour.npy", np.repeat(images[..., None], 3, axis=3))
+    np.savez_compressed(tmp_path / "keras.npz", x_test=images, y_test=labels)
+    return tmp_path
+
+
+def test_arrays_of_images_are_predicted_one_by_one(good_run: Path, digits, arrays: Path) -> None:
+    with torch.inference_mode():
+        expected = load(good_run)(torch.from_numpy(digits[0][:6]).unsqueeze(1) / 255).argmax(1).tolist()
+    for file in sorted(arrays.glob("*.np?")):
+        rows = predict_images(file, good_run, refuse=False)
+        array = ":x_test" if file.suffix == ".npz" else ""
+        assert [row["file"] for row in rows] == [f"{file}{array}[{number}]" for number in range(6)]
+        assert [row["digit"] for row in rows] == expected
+    np.save(arrays / "one.npy", 255 - np.pad(digits[0][0], 20))
+    (row,) = predict_images(arrays / "one.npy", good_run)
+    assert row["digit"] == expected[0]
+
+
+def test_arrays_that_cannot_be_read_say_why(good_run: Path, arrays: Path) -> None:
+    np.save(arrays / "objects.npy", np.array([{}, None], dtype=object), allow_pickle=True)
+    np.save(arrays / "labels.npy", np.arange(10))
+    np.savez(arrays / "text.npz", a=np.array(["a", "b"]))
+    (arrays / "cut.npz").write_bytes((arrays / "keras.npz").read_bytes()[:-30])
+    (arrays / "cut.npy").write_bytes((arrays / "bytes.npy").read_bytes()[:-30])
+    with zipfile.ZipFile(arrays / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2**31, 28, 28)})
+        file.write(bytes(2**20))
+    reasons = {
+        "objects.npy": "is damaged",
+        "labels.npy": "has no images",
+        "text.npz": "has no images",
+        "cut.npz": "is damaged",
+        "cut.npy": "is damaged",
+        "bomb.npz": r"is damaged \(an array of 1,683,627,180,032 bytes; at most 1,073,741,824 are read\)",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=reason):
+            predict_images(arrays / name, good_run)
 
 
 def test_heic_says_which_package_it_needs(good_run: Path, tmp_path: Path) -> None:

@@ -100,6 +100,9 @@ def check_described(method: str, path: str, status: int, body: Any) -> None:
         jsonschema.Draft202012Validator(schema).validate(body)
 
 
+ONE = np.pad(np.full((20, 3), 255, np.uint8), ((4, 4), (12, 13)))  # a digit in MNIST's form
+
+
 def png(image: np.ndarray, format: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, format)
@@ -173,7 +176,7 @@ def test_33_errors_are_json_and_the_next_good_request_is_answered(port: int) -> 
 
     jpeg = bytearray(png(np.eye(28, dtype=np.uint8) * 255, "JPEG"))
     jpeg[(size := jpeg.index(b"\xff\xc0") + 5) : size + 4] = struct.pack(">HH", 7000, 8000)
-    good = png(np.eye(28, dtype=np.uint8) * 255)
+    good = png(ONE)
     for body, status, sentence in (
         (b"\0" * (2**24 + 1), 413, "the body is larger than 16,777,216 bytes"),
         (b"\0" * 2**24, 415, "send a PNG or JPEG image"),
@@ -235,7 +238,7 @@ def test_a_large_form_is_not_written_to_disk(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_33_forms_that_are_wrong_are_refused_in_a_sentence(port: int) -> None:
-    good = png(np.eye(28, dtype=np.uint8) * 255)
+    good = png(ONE)
     padded = form(part(good))[:-4] + b" " * (2**24 - 10_000)  # would take 14 seconds
     for body, kind, status, sentence in (
         (form(part(good), part(good)), CURL, 400, "the form has several files: send one"),
@@ -305,6 +308,15 @@ def test_33_beside_four_large_images_small_ones_are_answered_and_more_large_ones
     while (status := ask(port, many_pixels)[0]) == 503 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert status == 200
+
+
+def test_what_shows_no_digit_is_refused_unless_asked_not_to(port: int) -> None:
+    cross = png(255 - (np.eye(100, dtype=np.uint8) | np.eye(100, dtype=np.uint8)[::-1]) * 255)
+    assert refused(ask(port, cross), 422, "the image shows something other than a digit")
+    status, answer, _ = ask(port, cross, "/predict?refuse=false")
+    assert status == 200 and len(answer["probabilities"]) == 10
+    pixels = json.dumps({"pixels": (np.eye(28)).ravel().tolist()}).encode()
+    assert ask(port, pixels)[0] == 200  # who sends pixels knows what they are
 
 
 def test_two_shapes_are_refused_unless_asked_not_to(port: int, digits) -> None:

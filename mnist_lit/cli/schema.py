@@ -93,6 +93,7 @@ class Predict(Verb, total=False):
     output: Text | None
     preprocess: Literal["mnist", "none"]
     refuse: Switch
+    segments: Switch
     contact_sheet: Text | None
     overwrite: Switch
 

@@ -11,14 +11,14 @@ MAX_IMAGES = 1_000  # per sheet
 WIDTH, HEIGHT, SIZE, GAP = 112, 146, 84, 14  # pixels: a cell, the image in it, and the gap between images
 
 
-def contact_sheet_of(rows: list[dict[str, Any]], images: list[np.ndarray | None]) -> bytes:
+def contact_sheet_of(cells: list[tuple[dict[str, Any], np.ndarray | None]]) -> bytes:
     """A PNG file showing the first ``MAX_IMAGES`` images with their predicted digits, probabilities and file names.
 
     Args:
-        rows: The predictions, as ``predict`` returns them.
-        images: uint8 [28, 28] each, or None for an image that could not be read.
+        cells: Each prediction, as ``predict`` returns them, with its image: uint8 [28, 28], or None if it could not be
+            read.
     """
-    cells = list(zip(rows, images, strict=False))[:MAX_IMAGES]
+    cells = cells[:MAX_IMAGES]
     columns = min(12, max(4, math.ceil(math.sqrt(len(cells)))))
     sheet = Image.new("RGB", (columns * WIDTH, math.ceil(len(cells) / columns) * HEIGHT), "white")
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(11)
@@ -31,10 +31,10 @@ def contact_sheet_of(rows: list[dict[str, Any]], images: list[np.ndarray | None]
             text, color = "unreadable", "#b00020"
         else:
             sheet.paste(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.NEAREST), (left, top))
-            text, color = (
-                f"{row['digit']}   {row['probability']:.1%}",
-                "#b00020" if row["probability"] < 0.9 else "black",
-            )
+            text, color = "no digit", "#b00020"
+            if not row["error"]:
+                text = f"{row['digit']}   {row['probability']:.1%}"
+                color = "#b00020" if row["probability"] < 0.9 else "black"
         draw.text((left, top + SIZE + 3), text, fill=color, font=large)
         draw.text((left, top + SIZE + 23), name, fill="#555555", font=small)
     file = io.BytesIO()

@@ -51,6 +51,27 @@ def to_mnist(grey: np.ndarray, refuse: bool = True) -> np.ndarray:
         raise ImageError("is blank")
     if _has_mnists_form(grey):
         return np.asarray(grey.round().astype(np.uint8))
+    ink, shape = _found(grey)
+    if refuse and shape.aside:
+        raise ImageError("shows two shapes side by side instead of one digit")
+    return _fitted(ink, shape.mask, shape.others)
+
+
+def each_to_mnist(grey: np.ndarray) -> list[np.ndarray]:
+    """Like ``to_mnist``, for an image of several digits that do not touch: one image each, from left to right."""
+    if grey.max() - grey.min() < MIN_CONTRAST:
+        raise ImageError("is blank")
+    ink, shape = _found(grey)
+    masks = _side_by_side(shape)
+    return [_fitted(ink, mask, shape.inked & ~mask) for mask in masks]
+
+
+def _found(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
+    """How much ink each pixel has, float32 [h, w] from 0 to 1, and where the digit's strokes are in it.
+
+    Raises:
+        ImageError: No ink stands out from the paper.
+    """
     usual: tuple[np.ndarray, Shape] | None = None
     for estimate in (ink_on_sheet, ink_on_paper, ink_beside):
         try:
@@ -60,12 +81,12 @@ def to_mnist(grey: np.ndarray, refuse: bool = True) -> np.ndarray:
         if ink is None or not (shape := _find(ink)):
             continue
         if shape.is_of_strokes and (estimate is ink_on_paper or shape.contact < 0.01):
-            return _fitted(ink, shape, refuse)
+            return ink, shape
         if estimate is ink_on_paper:
             usual = ink, shape
     if not usual:
         raise ImageError("is blank")
-    return _fitted(*usual, refuse)
+    return usual
 
 
 class Shape(NamedTuple):
@@ -75,6 +96,9 @@ class Shape(NamedTuple):
         mask: Its strokes, bool [H, W].
         others: What else is inked.
         aside: Whether another shape of its kind is beside it.
+        parts: The number of the part of what is inked that each pixel belongs to, from 1, or 0; int [H, W].
+        alike: The numbers of the parts that may be the main part of a digit.
+        free: The numbers of those that are neither a frame nor come in from the edge.
         contact: The fraction of the image's border that it touches.
         width: Of its widest place, as a fraction of the longer side of its box.
         width_of_others: Of the widest place of the others, as a fraction of the image's shorter side, if they are more.
@@ -83,9 +107,16 @@ class Shape(NamedTuple):
     mask: np.ndarray
     others: np.ndarray
     aside: bool
+    parts: np.ndarray
+    alike: np.ndarray
+    free: np.ndarray
     contact: float
     width: float
     width_of_others: float
+
+    @property
+    def inked(self) -> np.ndarray:
+        return self.parts > 0
 
     @property
     def is_of_strokes(self) -> bool:
@@ -115,9 +146,9 @@ def _find(ink: np.ndarray) -> Shape | None:
         return None
     boxes = ndimage.find_objects(parts)
     if count == 1:
-        main, own, aside = 0, np.array([True]), False
+        main, own, alike, free, aside = 0, *np.ones((3, 1), bool), False
     else:
-        main, own, aside = _chosen(parts, boxes)
+        main, own, alike, free, aside = _chosen(parts, boxes)
     mask = np.append(False, own)[parts]
     others = (parts > 0) & ~mask
     more = np.count_nonzero(others) > np.count_nonzero(mask)
@@ -125,20 +156,26 @@ def _find(ink: np.ndarray) -> Shape | None:
         mask,
         others,
         aside,
+        parts,
+        1 + np.flatnonzero(alike),
+        1 + np.flatnonzero(free),
         contact=float(border(mask).mean()),
         width=2 * half_width(mask[boxes[main]]) / max(side.stop - side.start for side in boxes[main]),
         width_of_others=2 * half_width(others) / min(ink.shape) if more else 0.0,
     )
 
 
-def _chosen(parts: np.ndarray, boxes: list[tuple[slice, slice]]) -> tuple[int, np.ndarray, bool]:
+def _chosen(
+    parts: np.ndarray, boxes: list[tuple[slice, slice]]
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, bool]:
     """
     Args:
         parts: The number of the part that each pixel belongs to, from 1, or 0.
         boxes: Of each part.
 
     Returns:
-        The index of the digit's main part, which parts are the digit's, and whether another shape is beside it.
+        The index of the digit's main part; which parts are the digit's, which may be the main part of one, and which are
+        neither a frame nor come in from the edge: bool [N] each; and whether another shape is beside it.
     """
     first, last = (np.array([[getattr(side, end) for side in box] for box in boxes]) for end in ("start", "stop"))
     mass, whole = np.bincount(parts.ravel())[1:].astype(float), np.array(parts.shape)
@@ -163,12 +200,36 @@ def _chosen(parts: np.ndarray, boxes: list[tuple[slice, slice]]) -> tuple[int, n
     alike &= gap[:, 1] > -0.15 * np.minimum(size[:, 1], size[main, 1])
     together = np.maximum(last, last[main]) - np.minimum(first, first[main])
     alike &= together[:, 1] > 0.75 * together[:, 0]  # otherwise they are two strokes of one digit
-    alike[main] = False
-    aside = False
+    alike[main] = aside = False
     if alike.any() and size[main, 0] > 8 and not at_edge[main]:
         distance = ndimage.distance_transform_edt(parts != main + 1)
         aside = any(distance[parts == i + 1].min() > 0.07 * size[main, 0] for i in np.flatnonzero(alike))
-    return main, own, aside
+    own &= ~alike | ~np.bool_(aside)
+    alike[main] = True
+    return main, own, alike, ~at_edge & ~framing, aside
+
+
+def _side_by_side(shape: Shape) -> list[np.ndarray]:
+    """The strokes of each digit, from left to right: bool [H, W] each."""
+    ends = [(box[1].start, box[1].stop) for box in ndimage.find_objects(shape.parts)]
+    digits: list[list[int]] = []  # the numbers of the parts of each
+    for number in sorted(shape.alike.tolist(), key=lambda number: sum(ends[number - 1])):
+        start, stop = ends[number - 1]
+        if digits and max(ends[each - 1][1] for each in digits[-1]) - start > 0.5 * (stop - start):
+            digits[-1].append(number)  # it is above or below the last one, or inside
+        else:
+            digits.append([number])
+
+    def distance(number: int, digit: list[int]) -> float:
+        """Between the middle of a part and the sides of a digit's first part; negative if it is between them."""
+        start, stop = ends[digit[0] - 1]
+        return abs(sum(ends[number - 1]) / 2 - (start + stop) / 2) - (stop - start) / 2
+
+    for number in set(shape.free.tolist()) - set(shape.alike.tolist()):
+        nearest = min(digits, key=lambda digit: distance(number, digit))
+        if distance(number, nearest) < 0.1 * shape.parts.shape[0]:
+            nearest.append(number)
+    return [np.isin(shape.parts, digit) for digit in digits]
 
 
 def _without_lines(mask: np.ndarray, faint: np.ndarray) -> np.ndarray:
@@ -241,15 +302,10 @@ def _opened(mask: np.ndarray, length: int, axis: int) -> np.ndarray:
     return np.asarray(ndimage.maximum_filter1d(eroded, length, axis=axis, origin=length % 2 - 1))
 
 
-def _fitted(ink: np.ndarray, shape: Shape, refuse: bool) -> np.ndarray:
-    """
-    Raises:
-        ImageError: ``refuse``, and another shape is beside the digit.
-    """
-    if refuse and shape.aside:
-        raise ImageError("shows two shapes side by side instead of one digit")
+def _fitted(ink: np.ndarray, mask: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The strokes ``mask`` in the 20x20 box, centred by mass, without ``others``: uint8 [28, 28]."""
     around = 2 * max(1, max(ink.shape) // 100) + 1
-    ink = ink * (ndimage.maximum_filter(shape.mask, around) & ~shape.others)
+    ink = ink * (ndimage.maximum_filter(mask, around) & ~others)
     rows, columns = (np.flatnonzero((ink > FAINT).any(axis)) for axis in (1, 0))
     ink = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     scale = BOX / max(ink.shape)

@@ -46,7 +46,11 @@ def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist", refuse: bool
     Raises:
         ImageError: The image cannot be read or shows no digit, or with ``none`` is not 28x28.
     """
-    grey = read_grey(file)
+    return normalized(read_grey(file), preprocess, refuse)
+
+
+def normalized(grey: np.ndarray, preprocess: str = "mnist", refuse: bool = True) -> np.ndarray:
+    """``prepare`` for an image that has been read: float32 [H, W], 0..255."""
     if preprocess == "mnist":
         return to_mnist(grey, refuse)
     if grey.shape != (SIDE, SIDE):
@@ -73,9 +77,7 @@ def read_grey(
             _check_size(image, content, max_pixels)
             image.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # JPEG: decode at down to 1/8 scale
             image.load()
-            grey = _grey(ImageOps.exif_transpose(image))
-            factor = max(grey.size) // WORKING_SIDE
-            return np.asarray(grey.reduce(factor) if factor > 1 else grey, dtype=np.float32)
+            return reduced_grey(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise ImageError(f"is not an image in {', '.join(formats[:-1])} or {formats[-1]} format") from error
     except Image.DecompressionBombError as error:
@@ -84,6 +86,13 @@ def read_grey(
         raise ImageError(f"cannot be read ({error.strerror})") from error
     except DECODE_ERRORS as error:
         raise ImageError(f"is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def reduced_grey(image: Image.Image) -> np.ndarray:
+    """The second half of ``read_grey``, for a decoded image."""
+    grey = _grey(image)
+    factor = max(grey.size) // WORKING_SIDE
+    return np.asarray(grey.reduce(factor) if factor > 1 else grey, dtype=np.float32)
 
 
 def _content(file: str | Path | BinaryIO) -> bytes:

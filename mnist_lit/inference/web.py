@@ -33,15 +33,14 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnist_lit import __version__
+from mnist_lit.inference.detector import NO_DIGIT, load_detector
 from mnist_lit.inference.digit import to_mnist
 from mnist_lit.inference.images import DECODE_ERRORS, FORMATS, HEIC, read_grey
 from mnist_lit.inference.ink import SIDE, ImageError
 from mnist_lit.inference.trained import TrainedModel
 
 MAX_BYTES = 2**24  # of a request body: a phone's photo of 48 megapixels
-MAX_DISCARDED = (
-    4 * MAX_BYTES
-)  # so much of a refused body is read nevertheless, so that the client gets to read the error
+MAX_DISCARDED = 4 * MAX_BYTES  # of a refused body are read nevertheless, so that the client gets to read the error
 MAX_PIXELS = 50_000_000  # of a JPEG, which is decoded at down to an eighth of its size
 MAX_PNG_PIXELS = 12_500_000  # of a PNG, which is decoded whole
 MAX_SECONDS = 5.0  # for a body to arrive
@@ -87,20 +86,21 @@ def application(model: TrainedModel, hosts: tuple[str, ...] = ()) -> ASGIApp:
 class _Predictor:
     def __init__(self, model: TrainedModel) -> None:
         self.model, self.names = model, model.names
+        self.detector = load_detector() if model.reads_digits else None
         self.in_progress, self.large = set[Request](), set[Request]()
         self.threads = anyio.CapacityLimiter(os.cpu_count() or 1)
         self.thread_of_large = anyio.CapacityLimiter(1)
         for format in ("PNG", "JPEG"):  # warm up: the first predictions are slower
             file = io.BytesIO()
             Image.fromarray(np.eye(2 * SIDE, dtype=np.uint8) * 255).save(file, format)
-            self._predict(file.getvalue())
+            self._predict(file.getvalue(), refuse=False)
 
     async def predict(self, request: Request) -> Response:
         """Respond with ``{"digit": 7, "probabilities": [10 numbers]}`` to the image, or the 784 pixels, in the body.
 
         If the model's classes are no digits, ``name`` is that of the class.
         With ``?pixels=true`` the response also has ``pixels``, the 784 numbers from 0 to 1 that the network received.
-        With ``?refuse=false`` an image that shows two shapes is answered for the likelier one.
+        With ``?refuse=false`` an image that shows no digit, or two shapes, is answered nevertheless.
         """
         if request.method != "POST":
             raise HTTPException(405, "send the image with POST", {"Allow": "POST"})
@@ -151,14 +151,17 @@ class _Predictor:
         """The response to a body; empty if it has a large image and ``large`` is False."""
         kind, options = parse_options_header(content_type)
         file = _from_form(body, options.get(b"boundary", b"")) if kind == b"multipart/form-data" else body
-        if file.lstrip()[:1] in (b"{", b"["):
+        if is_json := file.lstrip()[:1] in (b"{", b"["):
             image = _from_json(file)
         elif large or _pixels(file) <= SMALL_PIXELS:
             image = _from_file(file, refuse)
         else:
             return {}
+        inputs = torch.from_numpy(image)[None, None]
         with torch.inference_mode():
-            probabilities = self.model(torch.from_numpy(image)[None, None])[0]
+            if self.detector and refuse and not is_json and not self.detector.shows_digit(inputs):
+                raise HTTPException(422, f"the image {NO_DIGIT}")
+            probabilities = self.model(inputs)[0]
         digit = int(probabilities.argmax())
         return {
             "digit": digit,

@@ -1,0 +1,94 @@
+"""Images in NumPy's ``.npy`` and ``.npz`` files, one by one."""
+
+import re
+import zipfile
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mnist_lit.inference.ink import SIDE, ImageError
+
+ENDINGS = (".npy", ".npz")
+MAX_BYTES = 2**30  # of an array in an .npz file, which is read as a whole; an .npy file may have any size
+NAME = re.compile(r"(.+\.(?:npy|npz))(?::(.*))?\[(\d+)\]", re.IGNORECASE | re.DOTALL)  # of an image, see ``names_in``
+DAMAGED = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile)
+
+
+def names_in(path: str) -> list[str]:
+    """The names of the images in a file: ``digits.npy[0]``, or ``mnist.npz:x_test[0]`` with the array's own name.
+
+    Arrays are uint8 from 0 to 255 or of other numbers, [N, H, W], [N, H, W, channels], [N, channels, H, W], [N, 784] or of
+    one image [H, W], with one channel or three. Others in an .npz file, such as labels, are left out.
+
+    Raises:
+        ImageError: The file is damaged or has no such array.
+    """
+    keys = [None] if path.lower().endswith(".npy") else _keys(path)
+    names = [
+        f"{path}{f':{key}' if key else ''}[{number}]"
+        for key in keys
+        if (images := _images(path, key)) is not None
+        for number in range(len(images))
+    ]
+    if not names:
+        raise ImageError("has no images [N, H, W]")
+    return names
+
+
+def read_named(name: str) -> Image.Image:
+    """The image of a name that ``names_in`` has given; grey, of one channel, or RGB."""
+    match = NAME.fullmatch(name)
+    assert match
+    images = _images(match[1], match[2])
+    assert images is not None
+    image = np.asarray(images[int(match[3])])
+    if image.ndim == 2:
+        return Image.fromarray(image if image.dtype == np.uint8 else image.astype(np.float32))
+    if image.dtype != np.uint8:
+        image = (image.astype(np.float32) * (255 if image.max() <= 1 else 1)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(image)
+
+
+@lru_cache(maxsize=4)
+def _images(path: str, key: str | None) -> Any:
+    """The images in an array, [N, H, W] or [N, H, W, 3]; None if it holds none."""
+    try:
+        array = np.load(path, mmap_mode="r") if key is None else _entry(path, key)
+    except DAMAGED as error:
+        raise ImageError(f"is damaged ({' '.join(str(error).split())[:200] or type(error).__name__})") from error
+    if array.dtype.kind not in "buif" or array.size == 0:
+        return None
+    if array.ndim == 2:
+        array = array.reshape(-1, SIDE, SIDE) if array.shape[1] == SIDE * SIDE else array[None]
+    elif array.ndim == 3 and array.shape[2] == 3:
+        array = array[None]
+    elif array.ndim == 4 and array.shape[1] in (1, 3):
+        array = np.moveaxis(array, 1, 3)
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    return array if array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 3) else None
+
+
+def _keys(path: str) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except DAMAGED as error:
+        raise ImageError(f"is damaged ({error})") from error
+
+
+def _entry(path: str, key: str) -> np.ndarray:
+    """An array of an .npz file, whose size is known before it is read: a small file can expand to any size."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran_order, dtype = read_header[version](file)
+        if dtype.hasobject:
+            raise ValueError("holds Python objects")
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if size > MAX_BYTES:
+            raise ValueError(f"an array of {size:,} bytes; at most {MAX_BYTES:,} are read")
+        content = file.read(size)
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran_order else "C")
