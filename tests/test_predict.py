@@ -1,7 +1,6 @@
 """Predictions for image files, as a function and as a command; the numbers are the rows of docs/faults.md."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -262,10 +261,17 @@ def test_arrays_that_cannot_be_read_say_why(good_run: Path, arrays: Path) -> Non
             predict_images(arrays / name, good_run)
 
 
-def test_heic_says_which_package_it_needs(good_run: Path, tmp_path: Path) -> None:
-    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+def test_heic_is_read_with_its_package(good_run: Path, digits, tmp_path: Path, monkeypatch) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    page = Image.fromarray(255 - np.pad(digits[0][0], 30)).convert("RGB")
+    page.save(tmp_path / "phone.heic", quality=95)
+    page.save(tmp_path / "phone.png")
+    heic, png = predict_images(tmp_path, good_run, refuse=False)
+    assert heic["error"] is None and heic["digit"] == png["digit"]
+    (tmp_path / "cut.heic").write_bytes((tmp_path / "phone.heic").read_bytes()[:300])
+    (cut,) = predict_images(tmp_path / "cut.heic", good_run)
+    assert cut["error"].startswith("is")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
     (row,) = predict_images(tmp_path / "phone.heic", good_run)
-    if importlib.util.find_spec("pillow_heif"):
-        assert row["error"].startswith("is")
-    else:
-        assert row["error"] == "is a HEIC image, which needs a package: pip install pillow-heif"
+    assert row["error"] == "is a HEIC image, which needs a package: pip install pillow-heif"
