@@ -20,7 +20,7 @@ from PIL import Image
 
 from mnist_lit import UserError, predict
 from mnist_lit.inference.trained import load
-from mnist_lit.predict import COLUMNS, find_images, skipped
+from mnist_lit.predict import COLUMNS, _load_batch, find_images, skipped
 from mnist_lit.predict import predict as predict_images
 
 
@@ -248,7 +248,11 @@ def test_arrays_that_cannot_be_read_say_why(good_run: Path, arrays: Path) -> Non
     with zipfile.ZipFile(arrays / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2**31, 28, 28)})
         file.write(bytes(2**20))
+    for name, shape in (("many.npy", (2**40, 1, 1)), ("large.npy", (1, 2**20, 2**20))):  # files with holes
+        np.lib.format.open_memmap(arrays / name, "w+", np.uint8, shape)
     reasons = {
+        "many.npy": "has more than 1,000,000 images",
+        "large.npy": "has 1,099,511,627,776 pixels, more than 80,000,000",
         "objects.npy": "is damaged",
         "labels.npy": "has no images",
         "text.npz": "has no images",
@@ -257,8 +261,28 @@ def test_arrays_that_cannot_be_read_say_why(good_run: Path, arrays: Path) -> Non
         "bomb.npz": r"is damaged \(an array of 1,683,627,180,032 bytes; at most 1,073,741,824 are read\)",
     }
     for name, reason in reasons.items():
+        if name == "large.npy":
+            assert predict_images(arrays / name, good_run)[0]["error"] == reason
+            continue
         with pytest.raises(UserError, match=reason):
             predict_images(arrays / name, good_run)
+
+
+def test_mutated_arrays_are_read_or_refused(arrays: Path) -> None:
+    draw = np.random.default_rng(0)
+    sources = [arrays / name for name in ("flat.npy", "colour.npy", "channels last.npy", "keras.npz")]
+    for number in range(300):
+        source = sources[number % 4]
+        content = bytearray(source.read_bytes())
+        for _ in range(draw.integers(1, 5)):
+            content[draw.integers(len(content) if draw.random() < 0.3 else 128)] = draw.integers(256)
+        file = arrays / f"mutated {number}{source.suffix}"
+        file.write_bytes(content[: draw.integers(1, len(content))] if draw.random() < 0.2 else content)
+        for name, error in find_images([file]):
+            if not error:
+                for _, digits, reason in _load_batch([name], "mnist", True, False):
+                    assert bool(digits) != bool(reason) and "\n" not in reason
+            assert "\n" not in error
 
 
 def test_heic_is_read_with_its_package(good_run: Path, digits, tmp_path: Path, monkeypatch) -> None:

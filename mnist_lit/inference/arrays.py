@@ -3,17 +3,21 @@
 import re
 import zipfile
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from mnist_lit.inference.images import MAX_PIXELS
 from mnist_lit.inference.ink import SIDE, ImageError
+from mnist_lit.storage.archives import BROKEN, require_short_list
+from mnist_lit.storage.tables import one_line
 
 ENDINGS = (".npy", ".npz")
+MAX_IMAGES = 1_000_000
 MAX_BYTES = 2**30  # of an array in an .npz file, which is read as a whole; an .npy file may have any size
 NAME = re.compile(r"(.+\.(?:npy|npz))(?::(.*))?\[(\d+)\]", re.IGNORECASE | re.DOTALL)  # of an image, see ``names_in``
-DAMAGED = (OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, zipfile.BadZipFile)
 
 
 def names_in(path: str) -> list[str]:
@@ -30,8 +34,10 @@ def names_in(path: str) -> list[str]:
         f"{path}{f':{key}' if key else ''}[{number}]"
         for key in keys
         if (images := _images(path, key)) is not None
-        for number in range(len(images))
+        for number in range(min(len(images), MAX_IMAGES + 1))
     ]
+    if len(names) > MAX_IMAGES:
+        raise ImageError(f"has more than {MAX_IMAGES:,} images")
     if not names:
         raise ImageError("has no images [N, H, W]")
     return names
@@ -43,6 +49,8 @@ def read_named(name: str) -> Image.Image:
     assert match
     images = _images(match[1], match[2])
     assert images is not None
+    if (size := images.shape[1] * images.shape[2]) > MAX_PIXELS:
+        raise ImageError(f"has {size:,} pixels, more than {MAX_PIXELS:,}")
     image = np.asarray(images[int(match[3])])
     if image.ndim == 2:
         return Image.fromarray(image if image.dtype == np.uint8 else image.astype(np.float32))
@@ -56,8 +64,8 @@ def _images(path: str, key: str | None) -> Any:
     """The images in an array, [N, H, W] or [N, H, W, 3]; None if it holds none."""
     try:
         array = np.load(path, mmap_mode="r") if key is None else _entry(path, key)
-    except DAMAGED as error:
-        raise ImageError(f"is damaged ({' '.join(str(error).split())[:200] or type(error).__name__})") from error
+    except Exception as error:  # NumPy reads the head of an array as Python source
+        raise _damaged(error) from error
     if array.dtype.kind not in "buif" or array.size == 0:
         return None
     if array.ndim == 2:
@@ -73,10 +81,15 @@ def _images(path: str, key: str | None) -> Any:
 
 def _keys(path: str) -> list[str]:
     try:
+        require_short_list(Path(path))
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-    except DAMAGED as error:
-        raise ImageError(f"is damaged ({error})") from error
+    except (*BROKEN, zipfile.BadZipFile) as error:
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> ImageError:
+    return ImageError(f"is damaged ({one_line(error, limit=200) or type(error).__name__})")
 
 
 def _entry(path: str, key: str) -> np.ndarray:
