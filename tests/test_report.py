@@ -1,15 +1,19 @@
 """The HTML page about a run, as text and in a browser."""
 
+import base64
 import html.parser
+import io
 import re
 import shutil
 from pathlib import Path
 
 import colour
+import numpy as np
 import pytest
 import torch
 from conftest import Browser, Command
 from helpers import QUICK, results
+from PIL import Image
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import settings
@@ -77,6 +81,7 @@ def test_the_page_of_a_run_is_self_contained(validated_run: Path) -> None:
         assert part in page.text, part
     assert page.text.count("no. ") == 40  # the worst of many mistakes
     assert len(re.findall(r'alt="filter \d+"', text)) == 32
+    assert len(re.findall(r'alt="feature maps of convolution [12] for test image [012]"', text)) == 6
 
 
 def test_the_most_confident_mistakes_come_first(tmp_path: Path) -> None:
@@ -91,7 +96,7 @@ def test_the_most_confident_mistakes_come_first(tmp_path: Path) -> None:
     assert [int(n) for n in re.findall(r"no\. (\d)", page.text)] == [2, 3, 1]
     assert re.findall(r"3 → (\d)", page.text) == ["8", "7", "5"]
     assert "All 3 wrong predictions, most confident first" in page.text and "80.0 %" in page.text
-    assert "Filters" not in page.text  # the first layer is not a convolution
+    assert "Filters" not in page.text and "Feature maps" not in page.text  # there is no convolution
     assert "<script>alert(1)</script>" in page.text  # as text
 
 
@@ -139,6 +144,30 @@ def write(folder: Path, predictions: PredictionCollector, network: torch.nn.Modu
     write_report(folder / "report.html", found, config, predictions, network)
 
 
+def test_the_feature_maps_are_those_of_the_network(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    predictions = PredictionCollector()
+    predictions.labels, predictions.probabilities, predictions.images = torch.arange(10), torch.eye(10), {}
+    predictions.examples = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    network = TutorialCNN().train()
+    write(tmp_path, predictions, network, {})
+    pictures = re.findall(
+        r'src="data:image/png;base64,([^"]+)" alt="feature maps', (tmp_path / "report.html").read_text()
+    )
+    first, second = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in pictures[:2])
+    assert first.shape == (2 * 28, 16 * 28, 3) and second.shape == (4 * 26, 16 * 26, 3)
+    with torch.no_grad():
+        expected = network.conv1(predictions.examples).relu()
+    channel = int(expected[0].amax(dim=(1, 2)).argmax())
+    place = divmod(int(expected[0, channel].argmax()), 26)
+    row, column = divmod(channel, 16)
+    found = first[28 * row + 1 : 28 * row + 27, 28 * column + 1 : 28 * column + 27, 1].astype(
+        int
+    )  # green rises in viridis
+    assert found[place] == found.max() and network.training
+    assert not network.conv1._forward_hooks and network.cpu_kernel and "plain PyTorch" not in caplog.text
+
+
 def test_a_network_without_mistakes_has_a_page_too(tmp_path: Path) -> None:
     predictions = PredictionCollector()
     predictions.labels, predictions.probabilities = torch.arange(10), torch.eye(10)
@@ -155,8 +184,11 @@ def test_in_a_browser_the_page_fits_a_laptop_and_a_phone(
     page = browser(width, 800, scheme)
     page.goto((tmp_path / "report.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    sizes = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.clientWidth, i.clientHeight])")
-    assert len(sizes) == 72 and all(natural and abs(w - h) <= 1 and w > 20 for natural, w, h in sizes)
+    size = ".map(i => [i.naturalWidth, i.clientWidth, i.clientHeight])"
+    maps = page.evaluate(f"""[...document.querySelectorAll('[alt^="feature maps"]')]{size}""")
+    assert len(maps) == 6 and all(natural > w / 2 and w > 250 for natural, w, _ in maps)
+    sizes = page.evaluate(f"""[...document.querySelectorAll('img:not([alt^="feature maps"])')]{size}""")
+    assert len(sizes) == 75 and all(natural and abs(w - h) <= 1 and w > 20 for natural, w, h in sizes)
     assert page.evaluate("[...document.querySelectorAll('svg')].every(s => s.clientWidth > 250)")
     # Axis labels have the page's text colour, so they are legible in dark mode.
     color, back = (

@@ -1,6 +1,7 @@
 """Present the results of a run: learning curves as a figure, and ``report.html``, a self-contained page."""
 
 import base64
+import copy
 import io
 import re
 from pathlib import Path
@@ -80,6 +81,7 @@ def write_report(
         curves=[(title, _curve_svg(key, history, results)) for key, title in titles.items()] if history else [],
         others=others,
         filters=_filters(network),
+        feature_maps=_feature_maps(network, predictions.examples),
         wrong=int((predictions.probabilities.argmax(1) != predictions.labels).sum()),
         mistakes=_worst_mistakes(predictions),
         most_confused=max((n for i, row in enumerate(confusion) for j, n in enumerate(row) if i != j), default=0),
@@ -130,6 +132,35 @@ def _filters(network: nn.Module) -> list[str]:
     kernels = first.weight.detach().cpu().float().numpy()[:, 0]
     colors = matplotlib.colormaps["RdBu_r"](kernels / (2 * abs(kernels).max() or 1) + 0.5, bytes=True)
     return [_data_url(kernel[:, :, :3]) for kernel in colors]
+
+
+def _feature_maps(network: nn.Module, images: Tensor | None) -> list[dict[str, Any]]:
+    """What the first two convolutions, with ReLU, make of each image: a picture of all their channels side by side."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)][:2]
+    if images is None or not layers:
+        return []
+    outputs: dict[nn.Module, Tensor] = {}
+    hooks = [layer.register_forward_hook(lambda layer, _, output: outputs.update({layer: output})) for layer in layers]
+    was_training, weight, shallow = network.training, layers[0].weight, copy.copy(network)  # with the same layers
+    vars(shallow)["cpu_kernel"] = False  # it would step aside for the hooks, and say so in the log
+    with torch.inference_mode():
+        shallow.eval()(images.to(weight.device, weight.dtype))
+    network.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    maps = [outputs[layer].relu().cpu().float() for layer in layers]
+    return [
+        {"image": _picture(image), "maps": [_tiles(each[number] / each.max().clamp(min=1e-9)) for each in maps]}
+        for number, image in enumerate(images.cpu().float())
+    ]
+
+
+def _tiles(maps: Tensor) -> str:
+    """A picture of maps [C, H, W] from 0 to 1, in rows of sixteen or fewer."""
+    columns = next(count for count in (16, 8, 4, 2, 1) if len(maps) % count == 0)
+    framed = nn.functional.pad(maps, (1, 1, 1, 1)).unflatten(0, (-1, columns))
+    grid = framed.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
+    return _data_url(matplotlib.colormaps["viridis"](grid.numpy(), bytes=True)[:, :, :3])
 
 
 def _worst_mistakes(predictions: Any) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics.functional import classification as metrics
 
 MAX_MISTAKES = 40  # whose images are kept
+EXAMPLES = 3
 BATCH = 2**32  # more than any batch has
 
 
@@ -19,11 +20,13 @@ class PredictionCollector(L.Callback):
         labels: int64 [N], the true classes, in the order of the test set.
         probabilities: float32 [N, classes], predicted by the model.
         images: [C, H, W] of the most confident mistakes, by their number in the test set.
+        examples: [N, C, H, W], the first images of the test set; None if several processes share it.
     """
 
     labels: Tensor
     probabilities: Tensor
     images: dict[int, Tensor]
+    examples: Tensor | None = None
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._batches: list[
@@ -35,6 +38,8 @@ class PredictionCollector(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         images, labels, outputs = batch[0], batch[1].cpu(), outputs.cpu()
+        if batch_idx == 0 and trainer.world_size == 1:
+            self.examples = images[:EXAMPLES]
         # Each batch of the test set is dealt out to the processes one by one, as Lightning's sampler deals out a whole set.
         places = BATCH * batch_idx + torch.arange(len(labels)) * trainer.world_size + trainer.global_rank
         self._batches.append((places, labels, outputs))
