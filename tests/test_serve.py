@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import io
 import json
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -229,12 +231,50 @@ def test_a_form_with_one_file_is_read(port: int, digits) -> None:
         )
 
 
-def test_a_large_form_is_not_written_to_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mnist_lit.inference.web import MAX_BYTES, _from_form
+def test_33_large_bodies_leave_nothing_on_disk_and_in_memory(
+    good_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mnist_lit.inference.trained import load
+    from mnist_lit.inference.web import application
+
+    app = application(load(good_run))
+    content = bytes(15 * 2**20)
+
+    async def status(body: bytes) -> int:
+        headers = [(b"content-type", CURL.encode())]
+        scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": headers}
+        received, sent = iter([{"type": "http.request", "body": body}]), []
+
+        async def receive() -> Any:
+            return next(received)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    async def statuses() -> list[int]:
+        found = [
+            await status(form(part(content))),
+            await status(form(part(content))[:-10]),
+            await status(form(part(content), b"wrong")),
+            await status(bytes(17 * 2**20)),
+            await status(form(part(ZERO))),
+        ]
+        assert tracemalloc.get_traced_memory()[0] < 10 * 2**20
+        return found
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    body = form(part(bytes(MAX_BYTES - 1000)))
-    assert _from_form(body, b"boundary") == bytes(MAX_BYTES - 1000)
+    with ThreadPoolExecutor() as pool:  # the browser's tests leave an event loop in this thread
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            assert pool.submit(asyncio.run, statuses()).result() == [415, 400, 400, 413, 200]
+        finally:
+            tracemalloc.stop()
+            gc.enable()
 
 
 def test_33_forms_that_are_wrong_are_refused_in_a_sentence(port: int) -> None:

@@ -109,10 +109,12 @@ class _Predictor:
             _admit(request, self.in_progress, MAX_CONCURRENT, "predictions")
             body = await self._body(request)
             work = partial(self._predict, body, request.headers.get("Content-Type", ""), refuse)
-            result = {} if request in self.large else await run_sync(work, limiter=self.threads)
-            if not result:
+            while True:
+                large = request in self.large
+                limiter = self.thread_of_large if large else self.threads
+                if result := await run_sync(work, large, limiter=limiter):
+                    break
                 _admit(request, self.large, MAX_LARGE, "predictions of large images")
-                result = await run_sync(partial(work, large=True), limiter=self.thread_of_large)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody is listening any more
         finally:
@@ -148,7 +150,7 @@ class _Predictor:
             _admit(request, self.large, MAX_LARGE, "predictions of large images")
 
     def _predict(self, body: bytes, content_type: str = "", refuse: bool = True, large: bool = False) -> dict[str, Any]:
-        """The response to a body; empty if it has a large image and ``large`` is False."""
+        """What is to be responded; empty if the body has a large image and ``large`` is False."""
         kind, options = parse_options_header(content_type)
         file = _from_form(body, options.get(b"boundary", b"")) if kind == b"multipart/form-data" else body
         if is_json := file.lstrip()[:1] in (b"{", b"["):
@@ -200,12 +202,15 @@ def _from_form(body: bytes, boundary: bytes) -> bytes:
             boundary=boundary,
             config={"MAX_MEMORY_FILE_SIZE": MAX_BYTES},  # none is written to disk
         )
-        for start in range(0, len(body), PIECE):
-            form.write(body[start : start + PIECE])
-            if len(files) > 1:
-                raise HTTPException(400, "the form has several files: send one")
-            if time.thread_time() > deadline:
-                raise HTTPException(400, "the form takes too long to read: send the image as the body")
+        try:
+            for start in range(0, len(body), PIECE):
+                form.write(body[start : start + PIECE])
+                if len(files) > 1:
+                    raise HTTPException(400, "the form has several files: send one")
+                if time.thread_time() > deadline:
+                    raise HTTPException(400, "the form takes too long to read: send the image as the body")
+        finally:
+            form.parser = None  # it refers to the form: the file would stay in memory until the garbage collector comes
     except FormParserError as error:
         raise HTTPException(400, "the form is not valid multipart/form-data") from error
     if not ends:
