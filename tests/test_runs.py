@@ -237,7 +237,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("name", "content"), [(name, each) for name in HOSTILE for each in HOSTILE[name]])
-def test_a_damaged_or_foreign_folder_is_named_and_the_others_are_listed(
+def test_44_a_damaged_or_foreign_folder_is_named_and_the_others_are_listed(
     name: str, content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     begun(tmp_path / "good", test_acc=0.9)
