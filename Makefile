@@ -22,7 +22,7 @@ ARGS ?=
 # Where the full MNIST is or goes, for demo, results, bench and fidelity.
 DATA ?= data
 
-.PHONY: help base setup train demo test test-all check results peers bench fidelity soak soak-server sanitize lock
+.PHONY: help base setup train demo test test-all check docs results peers bench fidelity soak soak-server sanitize lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,6 +66,9 @@ check: setup  ## lint, formatting, types
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
+
+docs: setup  ## build the documentation site from docs/, docstrings and conf/: build/docs/index.html
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
 
 results: FOLDER := outputs/results_$(shell date +%Y-%m-%d_%H-%M-%S)
 results: setup  ## train five seeds on the full MNIST (DATA=FOLDER) and write docs/results.md

@@ -29,6 +29,8 @@ TUTORIAL_OPTIMIZER = {"_target_": "torch.optim.Adadelta", "lr": 1.0, "rho": 0.95
 class MNISTClassifier(L.LightningModule):
     """Trains and evaluates a network that maps images [N, 1, 28, 28] to logits [N, 10]; calling it gives probabilities.
 
+    ``model`` and ``optimizer`` default to the tutorial's. They and ``scheduler`` are saved in checkpoints as plain values.
+
     Args:
         model: The network's class as a dotted path (``_target_``) and its keyword arguments; with ``compile=True`` it runs
             under ``torch.compile``.
@@ -37,7 +39,6 @@ class MNISTClassifier(L.LightningModule):
             ``monitor`` for Lightning.
         augment: Changes training images, [B, 1, 28, 28] on their device, at random; or None.
         metrics: What to measure beside loss and accuracy in each epoch, by name.
-        The first two default to the tutorial's. They and ``scheduler`` are saved in checkpoints as plain values.
 
     Attributes:
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.

@@ -23,7 +23,7 @@ def serve(
 ) -> None:
     """Serve a trained model until interrupted by a signal; the arguments are the keys of ``conf/serve.yaml``.
 
-    Prints ``ready: `` and the address once it accepts requests.
+    Prints ``ready:`` and the address once it accepts requests.
 
     Raises:
         UserError: The port cannot be used, a package is missing, or the checkpoint cannot be loaded.

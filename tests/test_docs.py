@@ -1,15 +1,34 @@
 """The documents' examples, run as they stand."""
 
+import csv
 import json
 import re
+import runpy
 import shlex
+import shutil
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from conftest import Command
 from helpers import ROOT
+from PIL import Image
 
+import mnist_lit
 from mnist_lit import MNISTClassifier
+from mnist_lit.cli.config import flatten
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+FENCES = re.compile(r"^(<!-- not run: .+ -->\n)?```(\S*).*?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# Their blocks are unpacked, all of them, by tests of their own.
+RUN_BY_OTHER_TESTS = ["another-network.md", "own-data.md", "your-project.md"]
+RUN_HERE = [page for page in DOCS if "```bash" in page.read_text() and page.name not in RUN_BY_OTHER_TESTS]
+SHORT = ["data.source=sample", "trainer.accelerator=cpu", "trainer.limit_train_batches=2"]
+ADDED = {"train": [*SHORT, "trainer.max_epochs=1"], "tune": SHORT, "export": SHORT[:1], "evaluate": SHORT[:1]}
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -81,3 +100,100 @@ def test_every_row_of_the_fault_table_has_the_tests_that_it_names() -> None:
         for name in re.findall(r"`(test_\w+)", named):
             assert any(test.startswith(name) for test in tests), name
         assert re.search(rf"test_(\d\d_)*{int(number):02}_", named), number
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_what_is_to_be_typed_is_in_blocks_that_are_run(page: Path) -> None:
+    text = page.read_text()
+    languages = {language for _, language, _ in FENCES.findall(text)}
+    assert languages <= {"bash", "python", "yaml", "{toctree}", "{eval-rst}", "{literalinclude}"}
+    assert text.count("```") == 2 * len(FENCES.findall(text)), "a fence that is indented, or not closed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.stem)
+def test_every_command_of_a_page_runs(
+    page: Path,
+    tmp_path: Path,
+    command: Command,
+    good_run: Path,
+    digits: tuple[np.ndarray, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a folder with the page's files, after a run in outputs/RUN; all of its blocks but those marked as not run."""
+    text = page.read_text()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(good_run, tmp_path / "outputs" / "RUN")
+    Image.fromarray(digits[0][digits[1].tolist().index(3)]).save("three.png")
+    files = {code: name for name, code in re.findall(r"`(\S+)`:\n\n```\w+\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)}
+    for code, name in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(code)
+    for number, (not_run, language, code) in enumerate(FENCES.findall(text)):
+        if language == "python" and not not_run and code not in files:
+            exec(code, {})
+        for line in code.splitlines() if language == "bash" and not not_run else ():
+            python, option, module, *arguments = shlex.split(line)
+            assert (python, option, module.split(".")[0]) == ("python", "-m", "mnist_lit")
+            verb = module.split(".")[1]
+            where = (
+                [f"hydra.run.dir=outputs/{number}_{len(list(Path('outputs').iterdir()))}"] if verb == "train" else []
+            )
+            done = command(*arguments, *ADDED.get(verb, []), *where, cwd=tmp_path, verb=verb)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_what_the_callback_of_the_page_logs_is_recorded(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "my_conf" / "callbacks").mkdir(parents=True)
+    (tmp_path / "my_callbacks.py").write_text(*blocks("docs/callbacks.md", "python"))
+    (tmp_path / "my_conf" / "callbacks" / "gradient_norm.yaml").write_text(*blocks("docs/callbacks.md", "yaml"))
+    arguments = shlex.split(blocks("docs/callbacks.md", "bash")[-1])[3:]
+    done = command(*arguments, *ADDED["train"], "hydra.run.dir=outputs/RUN", cwd=tmp_path)
+    with (tmp_path / "outputs" / "RUN" / "csv" / "metrics.csv").open() as file:
+        found = [row["train/gradient_norm"] for row in csv.DictReader(file)]
+    assert any(value and float(value) > 0 for value in found), done.stderr
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *DOCS], ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text()
+    headings = [
+        re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    ]
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)#?([^)]*)\)", text):
+        assert not target or (page.parent / target).exists(), target
+        assert target or anchor in headings, anchor
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "export", "convert", "serve", "tune", "runs"])
+def test_the_page_of_the_configuration_has_every_key_default_and_comment(verb: str) -> None:
+    text = (ROOT / "conf" / f"{verb}.yaml").read_text()
+    expected = yaml.safe_load(text)
+    del expected["hydra"]
+    for entry in expected.pop("defaults"):
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            expected |= {} if key.startswith("override ") else {key.removeprefix("optional "): value}
+    rows = list(runpy.run_path(str(ROOT / "docs" / "conf.py"))["keys"](text, ""))
+    assert flatten({key: yaml.safe_load(default) for key, default, _ in rows if default}) == flatten(expected)
+    assert all(comment for _, default, comment in rows if default)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Links, anchors and docstrings that are wrong are warnings."""
+    arguments = ["--fail-on-warning", "--keep-going", "--quiet", "-d", str(tmp_path / "doctrees"), "docs"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *arguments, str(tmp_path / "site")],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    inventory = zlib.decompress((tmp_path / "site" / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    documented = {line.split(" ")[0] for line in inventory.splitlines()}
+    assert {f"mnist_lit.{name}" for name in mnist_lit.__all__} <= documented
+    pages = {page.name: page.read_text() for page in (tmp_path / "site").glob("*.html")}
+    assert "passes over the training images; -1: no limit" in pages["configuration.html"]
+    assert not [name for name, page in pages.items() if str(ROOT) in page or "<!-- README" in page]
