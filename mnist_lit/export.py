@@ -39,13 +39,15 @@ def export(
     Args:
         output: Its suffix selects the format. ``.onnx``: a graph of standard operators with the input ``image``,
             float32 [N, 1, 28, 28] from 0 to 1 (or whatever ``data`` has), and the output ``probabilities``, float32
-            [N, 10], for any N. ``.pt2``: the same as a torch.export program. ``.safetensors``: the weights of the network.
+            [N, 10], for any N. ``.pt2``: the same as a torch.export program. ``.safetensors``: the weights of the network,
+            whose logits become the probabilities by softmax once they are divided by the ``temperature`` in its metadata.
         data: The data module's class (``_target_``) and arguments; None for those of ``conf/data/mnist.yaml``.
             Without ``dir``, the data are looked for where the run of the checkpoint had them.
         trust: Packages whose networks the checkpoint may name, besides this project's.
 
     Returns:
-        The metadata in the file: ``version``, ``network``, ``trained_on``, ``tested_on`` and ``test_accuracy``.
+        The metadata in the file: ``version``, ``network``, ``trained_on``, ``temperature``, ``tested_on`` and
+        ``test_accuracy``.
 
     Raises:
         UserError: The file cannot be written, a package is missing, the checkpoint or the data cannot be loaded, or the
@@ -87,6 +89,7 @@ def export(
         "version": f"mnist_lit {__version__}",
         "network": json.dumps(model.description),
         "trained_on": json.dumps(model.trained_on),
+        "temperature": str(model.temperature),
         "tested_on": "" if reason else name,
         "test_accuracy": "" if reason else f"{(expected.argmax(1) == labels).double().mean():.4f}",
     }
@@ -147,7 +150,8 @@ def _write_safetensors(model: "TrainedModel", images: "Tensor", path: Path, meta
     save_file(weights, path, metadata=metadata)
     network = build("model", model.description, nn.Module)
     network.load_state_dict(load_file(path))
-    return nn.Sequential(network, nn.Softmax(dim=1)).eval()
+    network.eval()
+    return lambda images: (network(images) / model.temperature).softmax(dim=1)
 
 
 # By suffix: the function that writes the format, and the packages that it needs.
