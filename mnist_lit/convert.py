@@ -1,7 +1,11 @@
 """``python -m mnist_lit.convert``: convert models between Keras and this project."""
 
 import json
+import logging
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,9 @@ from mnist_lit.storage.keras_file import read_description, read_weights, tutoria
 
 TOLERANCE = 1e-5  # largest absolute difference allowed between the two models' probabilities
 
-# The layers with weights, and what .keras files call them.
-WITH_WEIGHTS = {"conv1": "conv2d", "conv2": "conv2d_1", "dense1": "dense", "dense2": "dense_1"}
+# What a Keras model's file name ends in; the longest first.
+KERAS = (".weights.h5", ".keras", ".hdf5", ".h5")
+WITH_WEIGHTS = ("conv1", "conv2", "dense1", "dense2")  # the layers that have some
 
 
 def convert(
@@ -24,10 +29,12 @@ def convert(
     overwrite: bool = False,
     trust: Iterable[str] = (),
 ) -> None:
-    """Convert the model in ``source`` to ``target``: one is a .keras file, the other a .ckpt file.
+    """Convert the model in ``source`` to ``target``: one is a .ckpt file, the other a file of Keras.
 
-    Weights are copied bit for bit, without the state of the optimizer. The result is written only if both models give
-    the same probabilities for random images.
+    That may be a .keras or .h5 file of Keras 2 or 3, or weights without a description (.weights.h5), which are
+    taken to be the tutorial's. Weights are copied bit for bit, without the state of the optimizer. The result is
+    written only if both models give the same probabilities for random images, and a file for Keras only if it reads
+    back with the same weights. Keras runs on PyTorch, unless it is imported already.
 
     Args:
         data_format: The layout of a written Keras model's images: [N, 28, 28, 1] (``channels_last``) or [N, 1, 28, 28]
@@ -40,37 +47,50 @@ def convert(
             is not the tutorial's.
     """
     source_path, target_path = Path(source), Path(target)
-    if {source_path.suffix, target_path.suffix} != {".keras", ".ckpt"}:
-        older = "; Keras itself can save an .h5 model as .keras" if source_path.suffix in (".h5", ".hdf5") else ""
-        raise UserError(f"source={source} target={target}: one must end in .keras and the other in .ckpt{older}")
-    if not source_path.is_file():
+    to_checkpoint = target_path.suffix == ".ckpt"
+    if not to_checkpoint and (source_path.suffix != ".ckpt" or not target_path.name.endswith(KERAS)):
+        raise UserError(f"source={source} target={target}: one must end in .ckpt, the other in {' or '.join(KERAS)}")
+    if not source_path.exists() and not Path(f"{source}.index").exists():  # that is a TensorFlow checkpoint
         raise UserError(f"source={source}: no such file")
+    description = read_description(source_path) if to_checkpoint else {}
     require_free("target", target_path, overwrite)
-    os.environ.setdefault("KERAS_BACKEND", "torch")
     require_packages("convert", "keras")
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = "torch"  # another choice, in the environment or ~/.keras, may not be installed
     with loading("Keras"):
         import keras  # noqa: F401
     with atomic_path(target_path) as temporary:
-        if source_path.suffix == ".keras":
+        if to_checkpoint:
             save_checkpoint(from_keras(load_keras(source_path)), temporary)
         else:
-            to_keras(load_checkpoint(source_path, trust), data_format).save(temporary)
+            save_keras(to_keras(load_checkpoint(source_path, trust), data_format), temporary, target_path.name)
     print(f"{target}: written; its probabilities match those of {source} to {TOLERANCE:g}")
+    if description is None:
+        print(
+            f"{source} has weights only: taken for the tutorial's network, in which Flatten has the data_format of the "
+            "convolutions (a whole model, .keras or .h5, says it)"
+        )
 
 
-def keras_tutorial(data_format: str = "channels_last", dropout: float = 0.5, flatten_format: str = "") -> Any:
-    """The tutorial's Keras model with newly initialized weights."""
+def keras_tutorial(
+    data_format: str = "channels_last", dropout: float = 0.5, flatten_format: str = "", dtype: str | None = None
+) -> Any:
+    """The tutorial's Keras model with newly initialized weights.
+
+    Args:
+        dtype: The type of its weights and of what it computes; None is Keras' own setting.
+    """
     import keras
 
-    layers, layout = keras.layers, {"data_format": data_format}
-    images = keras.Input((28, 28, 1) if data_format == "channels_last" else (1, 28, 28))
+    layers, layout = keras.layers, {"data_format": data_format, "dtype": dtype}
+    images = keras.Input((28, 28, 1) if data_format == "channels_last" else (1, 28, 28), dtype=dtype)
     x = layers.Conv2D(32, (3, 3), activation="relu", name="conv1", **layout)(images)
     x = layers.Conv2D(64, (3, 3), activation="relu", name="conv2", **layout)(x)
     x = layers.MaxPooling2D((3, 3), name="pool", **layout)(x)
-    x = layers.Dropout(dropout, name="dropout")(x)
-    x = layers.Flatten(flatten_format or data_format, name="flatten")(x)
-    x = layers.Dense(250, activation="sigmoid", name="dense1")(x)
-    return keras.Model(images, layers.Dense(10, activation="softmax", name="dense2")(x))
+    x = layers.Dropout(dropout, name="dropout", dtype=dtype)(x)
+    x = layers.Flatten(flatten_format or data_format, name="flatten", dtype=dtype)(x)
+    x = layers.Dense(250, activation="sigmoid", name="dense1", dtype=dtype)(x)
+    return keras.Model(images, layers.Dense(10, activation="softmax", name="dense2", dtype=dtype)(x))
 
 
 def from_keras(keras_model: Any) -> Any:
@@ -85,6 +105,8 @@ def from_keras(keras_model: Any) -> Any:
     from mnist_lit.storage.provenance import UNKNOWN_DATA
 
     layers = _named_layers(keras_model)
+    if any("16" in layer.compute_dtype for layer in layers.values()):  # mixed precision: too coarse to compare
+        keras_model = _in_single_precision(layers)
     classifier = MNISTClassifier({**TUTORIAL_MODEL, "dropout": float(layers["dropout"].rate)})
     for name in WITH_WEIGHTS:
         kernel, bias = map(torch.tensor, layers[name].get_weights())
@@ -99,7 +121,7 @@ def from_keras(keras_model: Any) -> Any:
 
 def to_keras(classifier: Any, data_format: str = "channels_last") -> Any:
     """The tutorial's Keras model with the weights of an ``MNISTClassifier`` whose network is a ``TutorialCNN``."""
-    keras_model = keras_tutorial(data_format, classifier.network.dropout.p)
+    keras_model = keras_tutorial(data_format, classifier.network.dropout.p, dtype="float32")
     layers = _named_layers(keras_model)
     for name in WITH_WEIGHTS:
         kernel, bias = (getattr(classifier.network, name).state_dict()[key].cpu() for key in ("weight", "bias"))
@@ -112,21 +134,47 @@ def to_keras(classifier: Any, data_format: str = "channels_last") -> Any:
 
 
 def load_keras(path: Path) -> Any:
-    """The tutorial's Keras model with the weights of a .keras file; Keras itself does not read the file.
+    """The tutorial's Keras model, in single precision, with the weights of a Keras file, which Keras does not read.
+
+    Weights without a description are taken for those of ``keras_tutorial()``, in either data format: where Flatten knows
+    it, both flatten in the same order.
 
     Raises:
         UserError: The file cannot be read, or its architecture is not the tutorial's.
     """
-    described = tutorial_layers(read_description(path), _description(keras_tutorial()))
-    keras_model = keras_tutorial(
-        described["conv1"]["data_format"], described["dropout"]["rate"], described["flatten"]["data_format"]
-    )
+    if (description := read_description(path)) is None:
+        keras_model = keras_tutorial(dtype="float32")
+    else:
+        described = tutorial_layers(description, _description(keras_tutorial()))
+        keras_model = keras_tutorial(
+            described["conv1"]["data_format"],
+            described["dropout"]["rate"],
+            described["flatten"]["data_format"],
+            "float32",
+        )
     layers = _named_layers(keras_model)
-    shapes = {file_name: [each.shape for each in layers[name].weights] for name, file_name in WITH_WEIGHTS.items()}
-    weights = read_weights(path, shapes)
-    for name, file_name in WITH_WEIGHTS.items():
-        layers[name].set_weights(weights[file_name])
+    shapes = {name: [each.shape for each in layers[name].weights] for name in WITH_WEIGHTS}
+    for name, weights in read_weights(path, shapes).items():
+        layers[name].set_weights(weights)
     return keras_model
+
+
+def save_keras(keras_model: Any, path: Path, name: str) -> None:
+    """Save a Keras model in the format that the end of ``name`` stands for, and read it back.
+
+    Raises:
+        UserError: What is read has other weights.
+    """
+    import numpy as np
+
+    ending = next(each for each in KERAS if name.endswith(each))
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / f"model{ending}"
+        logging.getLogger("absl").setLevel(logging.ERROR)  # by which Keras advises against .h5
+        (keras_model.save_weights if ending == ".weights.h5" else keras_model.save)(written)
+        if not all(map(np.array_equal, load_keras(written).get_weights(), keras_model.get_weights())):
+            raise UserError(f"{name}: Keras has written other weights than those of the model")
+        shutil.copyfile(written, path)
 
 
 def load_checkpoint(path: Path, trust: Iterable[str] = ()) -> Any:
@@ -165,6 +213,15 @@ def _named_layers(keras_model: Any) -> dict[str, Any]:
     return dict(zip(names, (each for each in keras_model.layers if type(each).__name__ != "InputLayer"), strict=True))
 
 
+def _in_single_precision(layers: dict[str, Any]) -> Any:
+    """A copy of the tutorial's Keras model with ``layers`` that computes in float32."""
+    formats = layers["conv1"].data_format, layers["dropout"].rate, layers["flatten"].data_format
+    copy = keras_tutorial(*formats, dtype="float32")
+    for name, layer in _named_layers(copy).items():
+        layer.set_weights(layers[name].get_weights())
+    return copy
+
+
 def _flatten_order(layers: dict[str, Any]) -> Any:
     """For each of the 4,096 values that Keras flattens, its index in PyTorch's order (C, H, W): int64 [4096]."""
     import torch
@@ -178,6 +235,7 @@ def _flatten_order(layers: dict[str, Any]) -> Any:
 
 
 def _require_same_probabilities(keras_model: Any, classifier: Any) -> None:
+    import keras
     import numpy as np
     import torch
 
@@ -186,7 +244,9 @@ def _require_same_probabilities(keras_model: Any, classifier: Any) -> None:
     with torch.no_grad():
         ours = classifier.eval()(images).numpy()
     classifier.train(was_training)
-    theirs = np.asarray(keras_model.predict(images.numpy().reshape(32, *keras_model.input_shape[1:]), verbose=0))
+    # Not by predict, which rounds the images to Keras' own floatx.
+    theirs = keras_model(images.numpy().reshape(32, *keras_model.input_shape[1:]), training=False)
+    theirs = keras.ops.convert_to_numpy(theirs)
     if not (difference := float(np.abs(ours - theirs).max())) <= TOLERANCE:
         raise UserError(f"another architecture: with the same weights, its probabilities differ by {difference:.2g}")
 

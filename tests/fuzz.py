@@ -1,6 +1,6 @@
 """Damage files in every way that a stranger could, and see what their readers make of them.
 
-python tests/fuzz.py checkpoint|keras|idx|picture [COUNT [SEED]]
+python tests/fuzz.py checkpoint|keras|keras_h5|idx|picture [COUNT [SEED]]
 
 Each changed file is read in a child process that ends when reading takes too long, with the most memory that a process
 may have, and that notices what no reader may do: import another package, start a process, connect, write a file. Right
@@ -250,19 +250,42 @@ def checkpoint(folder: Path) -> Reader:
     return Reader(original, changes, read, (UserError,), "file.ckpt")
 
 
-def keras(folder: Path) -> Reader:
+def keras(folder: Path, suffix: str = ".keras") -> Reader:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     import h5py
 
     from mnist_lit import UserError
-    from mnist_lit.convert import keras_tutorial, load_keras
+    from mnist_lit.convert import WITH_WEIGHTS, keras_tutorial, load_keras
 
-    path = folder / "original.keras"
+    path = folder / f"original{suffix}"
     keras_tutorial().save(path)
-    entries = entries_of(path.read_bytes())
+    original = path.read_bytes()
+    if zipped := suffix == ".keras":
+        entries = entries_of(original)
+        described, stored = entries["config.json"], entries["model.weights.h5"]
+        datasets = ["layers/conv2d/vars/0", "layers/dense/vars/0", "layers/dense_1/vars/1"]
+    else:
+        with h5py.File(path) as file:
+            described, stored = file.attrs["model_config"].encode(), original
+            every = [
+                file[f"model_weights/{name}/{name}/{each}"].id for name in WITH_WEIGHTS for each in ("kernel", "bias")
+            ]
+            values = [range(each.get_offset(), each.get_offset() + each.get_storage_size()) for each in every]
+        datasets = [
+            f"model_weights/{name}" for name in ("conv1/conv1/kernel", "dense1/dense1/kernel", "dense2/dense2/bias")
+        ]
 
-    def inside(change: dict[str, bytes]) -> bytes:
-        return archive_of([*{**entries, **change}.items()])
+    def with_weights(content: bytes) -> bytes:
+        return archive_of([*{**entries, "model.weights.h5": content}.items()]) if zipped else content
+
+    def with_description(content: bytes) -> bytes:
+        if zipped:
+            return archive_of([*{**entries, "config.json": content}.items()])
+        file = io.BytesIO(original)
+        with h5py.File(file, "r+") as changed:
+            # A string without zeros, as Keras writes it, or of a fixed length.
+            changed.attrs["model_config"] = content if b"\0" not in content else np.void(content[:60_000])
+        return file.getvalue()
 
     def places(value: Any) -> Iterator[tuple[Any, Any]]:
         for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
@@ -270,32 +293,30 @@ def keras(folder: Path) -> Reader:
             yield from places(value[key])
 
     def redescribe(content: bytes, draw: Draw) -> tuple[str, bytes]:
-        description = json.loads(entries["config.json"])
+        description = json.loads(described)
         place, key = draw.choice([*places(description)])
         place[key] = draw.choice([None, [], {}, "text", 40_000, -1, 1e300, float("nan"), True, [None], "x" * 10_000,
                                   {"class_name": "Net", "module": MARKER, "config": {}, "registered_name": "Net"},
                                   {"class_name": "__lambda__", "config": {"value": "x"}}])  # fmt: skip
-        return f"config.json: {key} is {str(place[key])[:40]}", inside(
-            {"config.json": json.dumps(description).encode()}
-        )
+        return f"description: {key} is {str(place[key])[:40]}", with_description(json.dumps(description).encode())
 
     def other_layer(content: bytes, draw: Draw) -> tuple[str, bytes]:
-        description = json.loads(entries["config.json"])
+        description = json.loads(described)
         layer = draw.choice(description["config"]["layers"])
         name, module = draw.choice([("Lambda", "keras.layers"), ("Net", MARKER), ("Net", "antigravity"),
                                     (layer["class_name"], MARKER), ("TorchModuleWrapper", "keras.layers")])  # fmt: skip
         layer.update(class_name=name, module=module)
         layer["config"].update(function={"class_name": "__lambda__", "config": {"value": "eA=="}}, units=40_000)
-        return f"a layer is {module}.{name}", inside({"config.json": json.dumps(description).encode()})
+        return f"a layer is {module}.{name}", with_description(json.dumps(description).encode())
 
     def describe_at_random(content: bytes, draw: Draw) -> tuple[str, bytes]:
-        what, changed = draw.choice([flip, cut, insert])(entries["config.json"], draw)
-        return f"config.json: {what}", inside({"config.json": changed})
+        what, changed = draw.choice([flip, cut, insert])(described, draw)
+        return f"description: {what}", with_description(changed)
 
     def other_weights(content: bytes, draw: Draw) -> tuple[str, bytes]:
-        file = io.BytesIO(entries["model.weights.h5"])
+        file = io.BytesIO(stored)
         with h5py.File(file, "r+") as weights:
-            name = draw.choice(["layers/conv2d/vars/0", "layers/dense/vars/0", "layers/dense_1/vars/1"])
+            name = draw.choice(datasets)
             old = weights[name][()]
             cases: dict[str, dict[str, Any]] = {
                 "huge": {"shape": (60_000, 60_000), "dtype": "f4"},
@@ -316,13 +337,59 @@ def keras(folder: Path) -> Reader:
                 weights.create_dataset(name, **cases[what])
             elif what != "missing":
                 weights[name] = h5py.SoftLink("/a") if what == "soft link" else h5py.ExternalLink("/dev/zero", "/a")
-        return f"{name} is {what}", inside({"model.weights.h5": file.getvalue()})
+        return f"{name} is {what}", with_weights(file.getvalue())
+
+    def flip_between(content: bytes, draw: Draw) -> tuple[str, bytes]:
+        """Flip bits of what HDF5 writes about the values, a hundredth of the file."""
+        changed, places = bytearray(content), list[int]()
+        while len(places) < draw.choice([1, 1, 2, 5]):
+            place = draw.randrange(len(content))
+            if not any(place in each for each in values):
+                changed[place] ^= 1 << draw.randrange(8)
+                places.append(place)
+        return f"bits flipped at {places}", bytes(changed)
+
+    def other_attribute(content: bytes, draw: Draw) -> tuple[str, bytes]:
+        file = io.BytesIO(content)
+        with h5py.File(file, "r+") as changed:
+            group, name = draw.choice([
+                ("/", "model_config"), ("model_weights", "layer_names"), ("model_weights/conv1", "weight_names"),
+                ("model_weights/dense1", "weight_names"), ("model_weights/pool", "weight_names"),
+            ])  # fmt: skip
+            cases: dict[str, Any] = {
+                "a number": 7, "numbers": np.arange(2.0), "empty": h5py.Empty("S8"), "bytes": np.void(b"\0\1"),
+                "one text": "conv1/kernel", "others": ["conv2/kernel", "/"], "odd": [b"..", b"."], "no text": np.array([], "S1"),
+                "many": np.full(60_000, b"a"), "long": "x" * 60_000, "nowhere": ["a", "b"], "a table": np.full((2, 2), b"a"),
+                "any length": np.array(["conv1/kernel", "x" * 10_000], h5py.string_dtype()), "not UTF-8": np.array([b"\xff"] * 2),
+                "references": changed["model_weights"].ref,
+            }  # fmt: skip
+            what = draw.choice([*cases, "missing"])
+            del changed[group].attrs[name]
+            if what in cases:
+                changed[group].attrs[name] = cases[what]
+        return f"{name} of {group} is {what}", file.getvalue()
 
     def read(path: Path) -> Any:
         return load_keras(path).get_weights()
 
-    changes = [*ZIP_CHANGES, redescribe, redescribe, other_layer, describe_at_random, other_weights, other_weights]
-    return Reader(path.read_bytes(), changes, read, (UserError,), "file.keras")
+    def right(found: Any, expected: Any) -> bool:
+        """Only an archive has a checksum: otherwise any finite weights of the right shapes are right."""
+        return (
+            same(found, expected)
+            if zipped
+            else all(
+                one.shape == other.shape and one.dtype == other.dtype and np.isfinite(one).all()
+                for one, other in zip(found, expected, strict=True)
+            )
+        )
+
+    changes: list[Change] = [redescribe, redescribe, other_layer, describe_at_random, other_weights, other_weights]
+    changes += ZIP_CHANGES if zipped else [flip, cut, insert, *[flip_between] * 4, *[other_attribute] * 3]
+    return Reader(original, changes, read, (UserError,), f"file{suffix}", right)
+
+
+def keras_h5(folder: Path) -> Reader:
+    return keras(folder, ".h5")
 
 
 def idx(folder: Path) -> Reader:
@@ -441,7 +508,7 @@ def picture(folder: Path) -> Reader:
     return Reader(sources["PNG L"], changes, read, (ImageError,), "picture", right, 2000)
 
 
-READERS = {"checkpoint": checkpoint, "keras": keras, "idx": idx, "picture": picture}
+READERS = {"checkpoint": checkpoint, "keras": keras, "keras_h5": keras_h5, "idx": idx, "picture": picture}
 
 
 # Watching

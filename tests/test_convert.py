@@ -1,6 +1,7 @@
 """The network, the optimizer and the initial weights compared with Keras; conversion in both directions."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Command
 from helpers import assert_same
 
 from mnist_lit import UserError
-from mnist_lit.convert import convert, from_keras, keras_tutorial, load_checkpoint, to_keras
+from mnist_lit.convert import KERAS, convert, from_keras, keras_tutorial, load_checkpoint, to_keras
 from mnist_lit.model import MNISTClassifier
 
 FORMATS = ["channels_last", "channels_first"]
@@ -101,17 +103,57 @@ def test_initial_weights_follow_keras_distributions() -> None:
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
-def test_a_keras_file_goes_to_a_checkpoint_and_back_bit_for_bit(data_format: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", KERAS)
+def test_a_keras_file_goes_to_a_checkpoint_and_back_bit_for_bit(
+    ending: str, data_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     original = keras_tutorial(data_format, dropout=0.25)
-    original.save(tmp_path / "model.keras")
-    convert(str(tmp_path / "model.keras"), str(tmp_path / "model.ckpt"))
-    convert(str(tmp_path / "model.ckpt"), str(tmp_path / "back.keras"), data_format=data_format)
-    back = keras.saving.load_model(tmp_path / "back.keras")
+    only_weights = ending == ".weights.h5"
+    (original.save_weights if only_weights else original.save)(tmp_path / f"model{ending}")
+    convert(str(tmp_path / f"model{ending}"), str(tmp_path / "model.ckpt"))
+    assert ("weights only: taken for the tutorial's network" in capsys.readouterr().out) == only_weights
+    converted = load_checkpoint(tmp_path / "model.ckpt").network
+    assert_same(converted.state_dict(), from_keras(original).network.state_dict())
+    convert(str(tmp_path / "model.ckpt"), str(tmp_path / f"back{ending}"), data_format=data_format)
+    if only_weights:
+        back = keras_tutorial(data_format, dropout=0.5)
+        back.load_weights(tmp_path / f"back{ending}")
+    else:
+        back = keras.saving.load_model(tmp_path / f"back{ending}")
+        assert back.layers[4].rate == 0.25
     for ours, theirs in zip(back.get_weights(), original.get_weights(), strict=True):
         assert_same(ours, theirs)
-    assert back.layers[4].rate == 0.25
     assert back.input_shape == original.input_shape
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.keras", "model.ckpt", "model.keras"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"back{ending}", "model.ckpt", f"model{ending}"]
+
+
+@pytest.fixture(params=["mixed_float16", "mixed_bfloat16"])
+def mixed_precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    keras.mixed_precision.set_global_policy(request.param)
+    yield request.param
+    keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.mark.parametrize("ending", KERAS)
+def test_a_model_of_mixed_precision_has_single_precision_weights(
+    mixed_precision: str, ending: str, tmp_path: Path
+) -> None:
+    original = keras_tutorial()
+    original.set_weights([weights * 3 for weights in original.get_weights()])
+    assert original.get_layer("conv1").compute_dtype == mixed_precision.removeprefix("mixed_")
+    (original.save_weights if ending == ".weights.h5" else original.save)(tmp_path / f"model{ending}")
+    convert(str(tmp_path / f"model{ending}"), str(tmp_path / "model.ckpt"))
+    found = load_checkpoint(tmp_path / "model.ckpt")
+    for ours in (to_keras(found), to_keras(from_keras(original))):
+        assert_same(ours.get_weights(), original.get_weights())
+
+
+def test_what_keras_writes_is_read_back(monkeypatch: pytest.MonkeyPatch, finished_run: Path, tmp_path: Path) -> None:
+    save = keras.Model.save
+    monkeypatch.setattr(keras.Model, "save", lambda _, path: save(keras_tutorial(), path))  # with other weights
+    with pytest.raises(UserError, match=r"model\.h5: Keras has written other weights"):
+        convert(str(finished_run / "checkpoints" / "last.ckpt"), str(tmp_path / "model.h5"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_runs_checkpoint_goes_to_keras_and_back_bit_for_bit(finished_run: Path, tmp_path: Path) -> None:
@@ -125,6 +167,21 @@ def test_a_runs_checkpoint_goes_to_keras_and_back_bit_for_bit(finished_run: Path
     for name, weights in original.network.state_dict().items():
         assert_same(weights, back.network.state_dict()[name])
     assert back.trained_on == [{"name": "unknown"}]
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "none"])
+def test_keras_own_settings_do_not_matter(backend: str, finished_run: Path, tmp_path: Path, command: Command) -> None:
+    """Nor does it that its backend is not installed."""
+    settings = {"backend": "tensorflow", "floatx": "float16", "image_data_format": "channels_first"}
+    (tmp_path / "keras.json").write_text(json.dumps(settings))
+    environment = {"KERAS_BACKEND": backend, "KERAS_HOME": str(tmp_path)}
+    for source, target in (
+        (finished_run / "checkpoints" / "last.ckpt", "model.keras"),
+        ("model.keras", "model.ckpt"),
+    ):
+        done = command(f"source={source}", f"target={target}", cwd=tmp_path, verb="convert", environment=environment)
+        assert done.returncode == 0, done.stderr
+        assert "WARNING" not in done.stderr
 
 
 def test_a_model_whose_flatten_keeps_the_channels_first_is_converted_too(tmp_path: Path) -> None:
@@ -194,13 +251,18 @@ def test_files_that_cannot_be_converted_are_refused(finished_run: Path, tmp_path
     for name in ("empty.keras", "empty.ckpt", "text.keras", "text.ckpt"):
         (tmp_path / name).write_text("" if "empty" in name else "this is not a model")
     for source, target, sentence in (
-        (checkpoint, str(tmp_path / "model.onnx"), "one must end in .keras"),
-        ("model.h5", str(tmp_path / "model.ckpt"), r"Keras itself can save an \.h5 model as \.keras"),
+        (
+            checkpoint,
+            str(tmp_path / "model.onnx"),
+            "one must end in .ckpt, the other in .weights.h5 or .keras or .hdf5 or .h5",
+        ),
+        (str(tmp_path / "text.keras"), str(tmp_path / "model.h5"), "one must end in .ckpt"),
+        (str(tmp_path / "no.h5"), str(tmp_path / "model.ckpt"), "no such file"),
         (str(tmp_path / "no.keras"), str(tmp_path / "model.ckpt"), "no such file"),
         (checkpoint, str(tmp_path / "empty.keras"), "exists already"),
         (checkpoint, str(tmp_path / "nowhere" / "model.keras"), "there is no folder"),
-        (str(tmp_path / "empty.keras"), str(tmp_path / "model.ckpt"), "not a .keras file"),
-        (str(tmp_path / "text.keras"), str(tmp_path / "model.ckpt"), "not a .keras file"),
+        (str(tmp_path / "empty.keras"), str(tmp_path / "model.ckpt"), "not a model as Keras saves it"),
+        (str(tmp_path / "text.keras"), str(tmp_path / "model.ckpt"), "not a model as Keras saves it"),
         (str(tmp_path / "empty.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
         (str(tmp_path / "text.ckpt"), str(tmp_path / "model.keras"), "not a checkpoint"),
     ):

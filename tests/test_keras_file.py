@@ -1,9 +1,9 @@
-"""Reading .keras files that are damaged or made to do harm; the numbers are the rows of docs/faults.md."""
+"""Reading Keras' files: those of its versions, damaged ones, and made to do harm; numbers are rows of docs/faults.md."""
 
 import io
-import itertools
 import json
 import random
+import re
 import sys
 import tracemalloc
 import warnings
@@ -22,7 +22,14 @@ from mnist_lit.convert import convert, keras_tutorial, load_keras
 from mnist_lit.storage.archives import MAX_ENTRIES
 from mnist_lit.storage.keras_file import MAX_DESCRIPTION, read_description, read_weights
 
-SHAPES = {"conv2d": [(3, 3, 1, 32), (32,)], "dense_1": [(250, 10), (10,)]}
+SHAPES = {
+    "conv1": [(3, 3, 1, 32), (32,)],
+    "conv2": [(3, 3, 32, 64), (64,)],
+    "dense1": [(4096, 250), (250,)],
+    "dense2": [(250, 10), (10,)],
+}
+# How real versions of Keras 2 describe the tutorial's network, dropout 0.25.
+OF_KERAS_2 = json.loads((Path(__file__).parent / "keras_descriptions.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,31 @@ def path(original: Path, tmp_path: Path) -> Path:
     path = tmp_path / "model.keras"
     path.write_bytes(original.read_bytes())
     return path
+
+
+@pytest.fixture(scope="module")
+def weights(original: Path) -> dict[str, list[np.ndarray]]:
+    return read_weights(original, SHAPES)
+
+
+def write_as_keras_2(path: Path, description: Any, weights: dict[str, list[np.ndarray]], whole: bool = True) -> None:
+    """As Keras 2 writes an .h5 file: ``model.save``, or ``model.save_weights`` if not ``whole``.
+
+    Names in lists have a fixed length, or any length since Keras 2.11; here one of each.
+    """
+    layers = {layer["config"]["name"]: layer["class_name"] for layer in description["config"]["layers"]}
+    arrays = iter(weights.values())
+    with h5py.File(path, "w") as file:
+        if whole:
+            file.attrs["model_config"] = json.dumps(description).encode()
+        group = file.create_group("model_weights") if whole else file
+        group.attrs["layer_names"] = np.array([*layers], dtype=h5py.string_dtype())
+        for name, kind in layers.items():
+            layer = group.create_group(name)
+            found = dict(zip(("kernel:0", "bias:0"), next(arrays), strict=True)) if kind in ("Conv2D", "Dense") else {}
+            layer.attrs["weight_names"] = np.array([f"{name}/{each}".encode() for each in found])
+            for each, values in found.items():
+                layer[f"{name}/{each}"] = values
 
 
 def write(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
@@ -97,7 +129,7 @@ def test_40_a_file_cut_short_is_one_sentence(path: Path) -> None:
     content = path.read_bytes()
     for length in (0, 1, 4, 100, 5000, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(UserError, match="damaged" if length >= 4 else r"not a \.keras file"):
+        with pytest.raises(UserError, match="damaged" if length >= 4 else "not a model as Keras saves it"):
             load_keras(path)
 
 
@@ -149,7 +181,7 @@ def test_40_an_entry_that_expands_to_more_than_it_declares_takes_no_more_memory(
         (lambda model: model["config"]["layers"][0]["config"].update(batch_shape=[None, 29, 28, 1]), r"\[29, 28, 1\]"),
         (lambda model: model["config"]["layers"][3].update(inbound_nodes=[]), "do not follow one after the other"),
         (lambda model: model["config"].update(output_layers=["dense1", 0, 0]), "do not follow one after the other"),
-        (lambda model: model.update(class_name="Model", module="antigravity"), "it is a Model"),
+        (lambda model: model.update(class_name="Net", module="antigravity"), "it is a Net, not layers"),
         (lambda model: model.update(config=None), "not described as Keras does"),
         (lambda model: model["config"].update(layers=[]), "do not follow one after the other"),
     ],
@@ -180,16 +212,24 @@ def test_40_a_description_that_is_no_json_or_endlessly_nested_is_one_sentence(pa
         (replaced("layers/conv2d/vars/1", data=np.full(32, np.nan, "f4")), "hold NaN or infinite values"),
         (replaced("layers/conv2d/vars/1", (32,), "f4", chunks=(32,), compression="gzip"), "not stored as Keras does"),
         (replaced("layers/conv2d/vars/1", (32,), "f4", external=[("other", 0, 128)]), "not stored as Keras does"),
-        (lambda file: file.__delitem__("layers/dense_1/vars/1"), r"there is no layers/dense_1/vars/1"),
+        (
+            lambda file: file.__delitem__("layers/dense_1/vars/1"),
+            r"the weights of dense2 are float32 \(250, 10\) instead of",
+        ),
         (lambda file: file.__delitem__("layers"), "there is no"),
         (
             lambda file: file.move("layers/conv2d", "a") or file.__setitem__("layers/conv2d", h5py.SoftLink("/a")),
-            "there is no layers/conv2d/vars/0",
+            "there is no conv2d",
         ),
         (
-            lambda file: file.move("layers", "a") or file.__setitem__("layers", h5py.ExternalLink("other", "/")),
-            "there is no layers/conv2d/vars/0|its weights cannot be read",
+            lambda file: file.move("layers", "a") or file.__setitem__("layers", h5py.ExternalLink("other.h5", "/")),
+            "there is no model_weights",  # it does not look into the other file
         ),
+        (
+            lambda file: [file.create_group(f"layers/a{number}") for number in range(9)],
+            "17 layers instead of at most 8",
+        ),
+        (lambda file: file.create_dataset("layers/dropout/vars/0", (3,), "f4"), "5 layers have weights instead of 4"),
     ],
 )
 def test_40_weights_that_are_not_the_tutorials_are_refused_unread(
@@ -201,19 +241,158 @@ def test_40_weights_that_are_not_the_tutorials_are_refused_unread(
     assert "\n" not in str(refused.value)
 
 
-def test_a_file_of_keras_2_is_read_too(path: Path) -> None:
-    """It names three things differently."""
-
-    def older(model: dict[str, Any]) -> None:
-        layers = model["config"]["layers"]
-        layers[0]["config"]["batch_input_shape"] = layers[0]["config"].pop("batch_shape")
-        for before, layer in itertools.pairwise(layers):
-            layer["inbound_nodes"] = [[[before["name"], 0, 0, {}]]]
-        model["config"]["output_layers"] = [model["config"]["output_layers"]]
-
-    expected = load_keras(path)
-    redescribe(path, older)
-    restore(path, lambda file: file.move("layers", "_layer_checkpoint_dependencies"))
-    found = load_keras(path)
-    assert_same(found.get_weights(), expected.get_weights())
+@pytest.mark.parametrize("name", OF_KERAS_2)
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])  # the second until Keras 2.12
+def test_whole_models_of_keras_2(suffix: str, name: str, weights: dict[str, list[np.ndarray]], tmp_path: Path) -> None:
+    write_as_keras_2(tmp_path / f"model{suffix}", OF_KERAS_2[name], weights)
+    found = load_keras(tmp_path / f"model{suffix}")
+    assert_same(found.get_weights(), [each for layer in weights.values() for each in layer])
     assert found.get_layer("dropout").rate == 0.25
+    assert {layer.compute_dtype for layer in found.layers} == {"float32"}
+
+
+def test_weights_of_keras_2(weights: dict[str, list[np.ndarray]], path: Path) -> None:
+    expected = [each for layer in weights.values() for each in layer]
+    for number, description in enumerate(OF_KERAS_2.values()):
+        written = path.with_name(f"{number}.h5")
+        write_as_keras_2(written, description, weights, whole=False)
+        assert read_description(written) is None
+        assert_same(load_keras(written).get_weights(), expected)
+
+
+def test_the_layout_of_keras_2_13(path: Path, weights: dict[str, list[np.ndarray]]) -> None:
+    def older(file: h5py.File) -> None:
+        file.move("layers", "_layer_checkpoint_dependencies")
+        for name in ("conv2d", "dense"):  # it counts every layer twice
+            file.move(f"_layer_checkpoint_dependencies/{name}_1", f"_layer_checkpoint_dependencies/{name}_2")
+
+    def described(model: dict[str, Any]) -> None:
+        model["config"] = OF_KERAS_2["Keras 2.4.0: Functional"]["config"]
+
+    redescribe(path, described)
+    restore(path, older)
+    assert_same(read_weights(path, SHAPES), weights)
+    assert load_keras(path).get_layer("dropout").rate == 0.25
+
+
+def test_40_the_order_of_the_layers_is_that_of_their_list(weights: dict[str, list[np.ndarray]], tmp_path: Path) -> None:
+    description = json.loads(json.dumps(OF_KERAS_2["Keras 2.4.0: Functional"]))
+    write_as_keras_2(tmp_path / "model.h5", description, weights, whole=False)
+    with h5py.File(tmp_path / "model.h5", "r+") as file:
+        file.attrs["layer_names"] = file.attrs["layer_names"][::-1]
+    with pytest.raises(UserError, match=r"the weights of conv1 are float32 \(250, 10\), float32 \(10,\) instead of"):
+        load_keras(tmp_path / "model.h5")
+
+
+def attribute(name: str, value: Any, group: str = "/") -> Callable[[h5py.File], None]:
+    return lambda file: file[group].attrs.__setitem__(name, value)
+
+
+KERNEL = "model_weights/conv2d/conv2d/kernel:0"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (attribute("model_config", b"{"), "its model_config cannot be read"),
+        (attribute("model_config", b"\xff"), "its model_config cannot be read"),
+        (attribute("model_config", b" " * (MAX_DESCRIPTION + 1)), "model_config has more than 1,048,576 bytes"),
+        (attribute("model_config", 7), "model_config is not stored as Keras does"),
+        (attribute("model_config", np.array([b"{}", b"{}"])), "its .* cannot be read"),
+        (attribute("model_config", h5py.Empty("S4")), "its .* cannot be read"),
+        (lambda file: file.attrs.__delitem__("model_config"), "not one of Keras: it has no model_config, nor layers"),
+        (
+            attribute("layer_names", np.array([b"a"] * 10_000), "model_weights"),
+            "10000 layer_names instead of at most 8",
+        ),
+        (attribute("layer_names", np.array([b"a"]), "model_weights"), "there is no model_weights/a"),
+        (attribute("layer_names", np.array([b"..", b"."]), "model_weights"), "there is no "),
+        (attribute("layer_names", np.array([b"dense"]), "model_weights"), "1 layers have weights instead of 4"),
+        (attribute("weight_names", np.array([b"/model_weights"]), "model_weights/dense"), "there is no "),
+        (attribute("weight_names", np.array([b"a"]), "model_weights/dense"), "there is no model_weights/dense/a"),
+        (attribute("weight_names", np.array([1.0]), "model_weights/dense"), "not stored as Keras does"),
+        (lambda file: file.__delitem__("model_weights"), "there is no model_weights"),
+        (replaced(KERNEL, (60_000, 60_000), "f4"), r"\(60000, 60000\).* instead of float32"),
+        (replaced(KERNEL, (3, 3, 1, 32), "f2"), "float16 .* instead of float32"),
+        (replaced(KERNEL, data=np.full((3, 3, 1, 32), np.inf, "f4")), "hold NaN or infinite values"),
+        (replaced(KERNEL, (3, 3, 1, 32), "f4", compression="gzip"), "not stored as Keras does"),
+        (replaced(KERNEL, (3, 3, 1, 32), "f4", external=[("/dev/zero", 0, 1152)]), "not stored as Keras does"),
+        (
+            lambda file: file.move("model_weights", "a") or file.__setitem__("model_weights", h5py.SoftLink("/a")),
+            "there is no model_weights",
+        ),
+    ],
+)
+def test_40_h5_files_that_are_not_the_tutorials_are_refused(
+    change: Callable[[h5py.File], Any], reason: str, weights: dict[str, list[np.ndarray]], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.h5"
+    write_as_keras_2(path, OF_KERAS_2["Keras 2.4.0: Functional"], weights)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(UserError, match=reason) as refused:
+        load_keras(path)
+    assert "\n" not in str(refused.value)
+    assert str(path) in str(refused.value) or "another architecture" in str(refused.value)
+
+
+def test_40_a_virtual_dataset_is_refused(weights: dict[str, list[np.ndarray]], tmp_path: Path) -> None:
+    path = tmp_path / "model.h5"
+    write_as_keras_2(path, OF_KERAS_2["Keras 2.4.0: Functional"], weights)
+    layout = h5py.VirtualLayout((3, 3, 1, 32), "f4")
+    layout[:] = h5py.VirtualSource("/other.h5", "a", (3, 3, 1, 32))
+    with h5py.File(path, "r+") as file:
+        del file[KERNEL]
+        file.create_virtual_dataset(KERNEL, layout)
+    with pytest.raises(UserError, match="not stored as Keras does"):
+        load_keras(path)
+
+
+def test_40_an_h5_file_cut_short_or_huge_is_one_sentence(weights: dict[str, list[np.ndarray]], tmp_path: Path) -> None:
+    path = tmp_path / "model.h5"
+    write_as_keras_2(path, OF_KERAS_2["Keras 2.4.0: Functional"], weights)
+    content = path.read_bytes()
+    for length in (4, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"cannot be read|not a model as Keras saves it") as refused:
+            load_keras(path)
+        assert "\n" not in str(refused.value)
+    with path.open("r+b") as file:
+        file.truncate(40 * 2**30)  # takes no space on the disk
+    with pytest.raises(UserError, match="has 42,949,672,960 bytes, but at most"):
+        load_keras(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("model", None, "a folder, not a model"),
+        ("model/saved_model.pb", b"", "model is a SavedModel of TensorFlow (the package tf_keras can load it"),
+        ("model/checkpoint", b"", "model is a TensorFlow checkpoint (the package tf_keras can load it"),
+        ("model.index", b"", "model is a TensorFlow checkpoint (the package tf_keras can load it"),
+        ("cp.data-00000-of-00001", b"1234", "part of a TensorFlow checkpoint"),
+        ("model.h5", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS in place of the file"),
+        ("model.keras", b"", "empty, not a model as Keras saves it: .keras, .h5 or .weights.h5"),
+        ("model.h5", b"<!DOCTYPE html>", "a web page"),
+        ("model.json", b'{"class_name": "Sequential"}', "JSON, which holds no weights"),
+        ("model.tflite", b"\x1c\0\0\0TFL3", "a TensorFlow Lite model"),
+        ("model.onnx", b"\x08\x07", "an ONNX model"),
+        ("model.pb", b"\n", "a graph of TensorFlow"),
+        ("model.pkl", b"\x80\x04\x95", "a pickle, which could execute code"),
+        ("model.pth", b"PK\3\4", "a file of PyTorch"),
+        ("model.h5.gz", b"\x1f\x8b", "compressed by gzip"),
+        ("model.h5", b"text", "model.h5 is not a model as Keras saves it"),
+    ],
+)
+def test_40_what_is_no_keras_file_is_named(name: str, content: bytes | None, what: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    source = path if path.parent == tmp_path and path.suffix != ".index" else tmp_path / "model"
+    with pytest.raises(UserError, match=re.escape(what)) as refused:
+        convert(str(source), str(tmp_path / "model.ckpt"))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "model.ckpt").exists()
