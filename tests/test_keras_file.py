@@ -54,7 +54,7 @@ def weights(original: Path) -> dict[str, list[np.ndarray]]:
 def write_as_keras_2(path: Path, description: Any, weights: dict[str, list[np.ndarray]], whole: bool = True) -> None:
     """As Keras 2 writes an .h5 file: ``model.save``, or ``model.save_weights`` if not ``whole``.
 
-    Names in lists have a fixed length, or any length since Keras 2.11; here one of each.
+    Up to Keras 2.4 the names in a list have a fixed length, from 2.9 on any length; here one of each.
     """
     layers = {layer["config"]["name"]: layer["class_name"] for layer in description["config"]["layers"]}
     arrays = iter(weights.values())

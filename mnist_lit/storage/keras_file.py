@@ -2,7 +2,7 @@
 
 Keras has written four layouts, told apart by content, as older versions gave them each other's suffixes:
 
-- a zip archive (``.keras`` since Keras 2.12): config.json, and model.weights.h5 in the layout of the next
+- a zip archive (``.keras`` since Keras 2.13): config.json, and model.weights.h5 in the layout of the next
 - HDF5, weights only (``.weights.h5`` since Keras 2.12): a group for each layer, named by its class: layers/conv2d_1/vars
 - HDF5, the whole model (``.h5`` and, until Keras 2.12, ``.keras``): its description in the attribute model_config, its
   weights in the group model_weights in the layout of the next
