@@ -154,7 +154,7 @@ def test_the_feature_maps_are_those_of_the_network(tmp_path: Path, caplog) -> No
     pictures = re.findall(
         r'src="data:image/png;base64,([^"]+)" alt="feature maps', (tmp_path / "report.html").read_text()
     )
-    first, second = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in pictures[:2])
+    first, second = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert("RGB")) for each in pictures[:2])
     assert first.shape == (2 * 28, 16 * 28, 3) and second.shape == (4 * 26, 16 * 26, 3)
     with torch.no_grad():
         expected = network.conv1(predictions.examples).relu()

@@ -72,7 +72,7 @@ def test_killed_it_goes_on_exactly(project: Path, command: Command) -> None:
 def test_more_epochs_evaluation_and_export(trained: Path, project: Path) -> None:
     before = results(trained)
     said = run(EVALUATE, project, "hydra.run.dir=outputs/evaluated")
-    assert "500 images of stripes" in said and f"test confidence        {before['test/confidence']:.4f}" in said
+    assert "500 images of stripes" in said and f"test {'confidence':26}{before['test/confidence']:.4f}" in said
     assert "its predictions for 500 test images match" in run(EXPORT, project)
     assert "epoch 8/8" in run(RESUME, project) and results(trained)["epochs"] == 8
 
