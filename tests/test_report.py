@@ -168,6 +168,18 @@ def test_the_feature_maps_are_those_of_the_network(tmp_path: Path, caplog) -> No
     assert not network.conv1._forward_hooks and network.cpu_kernel and "plain PyTorch" not in caplog.text
 
 
+def test_a_convolution_that_is_not_called_has_no_feature_maps(tmp_path: Path) -> None:
+    class Halfway(TutorialCNN):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.conv1(images).flatten(1)[:, :10]
+
+    predictions = PredictionCollector()
+    predictions.labels, predictions.probabilities, predictions.images = torch.arange(10), torch.eye(10), {}
+    predictions.examples = torch.zeros(3, 1, 28, 28)
+    write(tmp_path, predictions, Halfway(), {})
+    assert (tmp_path / "report.html").read_text().count('alt="feature maps of convolution 1') == 3
+
+
 def test_a_network_without_mistakes_has_a_page_too(tmp_path: Path) -> None:
     predictions = PredictionCollector()
     predictions.labels, predictions.probabilities = torch.arange(10), torch.eye(10)

@@ -143,12 +143,14 @@ def _feature_maps(network: nn.Module, images: Tensor | None) -> list[dict[str, A
     hooks = [layer.register_forward_hook(lambda layer, _, output: outputs.update({layer: output})) for layer in layers]
     was_training, weight, shallow = network.training, layers[0].weight, copy.copy(network)  # with the same layers
     vars(shallow)["cpu_kernel"] = False  # it would step aside for the hooks, and say so in the log
-    with torch.inference_mode():
-        shallow.eval()(images.to(weight.device, weight.dtype))
-    network.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    maps = [outputs[layer].relu().cpu().float() for layer in layers]
+    try:
+        with torch.inference_mode():
+            shallow.eval()(images.to(weight.device, weight.dtype))
+    finally:
+        network.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    maps = [output.relu().cpu().float() for output in outputs.values()]  # a layer may be there and not be called
     return [
         {"image": _picture(image), "maps": [_tiles(each[number] / each.max().clamp(min=1e-9)) for each in maps]}
         for number, image in enumerate(images.cpu().float())
