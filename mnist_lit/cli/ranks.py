@@ -26,7 +26,7 @@ T = TypeVar("T")
 LONGEST_PREPARATION = timedelta(minutes=5)
 GRACE = 3  # seconds for a process to say that another one has died, once the one that started it is gone
 SHELLS = ("bash", "interactive")  # names of Slurm jobs in which people type commands; Lightning has the same
-FIRST_SAYS_IT = 3  # seconds for the first process to report an error that all of them have, and to end the others
+FIRST_SAYS_IT = 10  # seconds for the first process to report an error that all of them have, and to end the others
 
 _kept: Any = None  # a store in the first process, which ends with its last reference
 
