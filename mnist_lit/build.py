@@ -3,6 +3,7 @@
 import inspect
 import pkgutil
 import re
+import sys
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -70,12 +71,20 @@ def instantiate(section: str, config: Mapping[str, Any], kind: type[T], **defaul
 def find_class(section: str, config: Mapping[str, Any], kind: type[T]) -> type[T]:
     """
     Raises:
-        UserError: ``config`` names no class, or not a subclass of ``kind``.
+        UserError: ``config`` names no class, or not a subclass of ``kind``. What the class's own module raises while it is
+            imported keeps its traceback.
     """
-    target = config.get("_target_")
+    if not (target := config.get("_target_")):
+        raise UserError(f"{section} has no _target_, so no class: choose a file of conf/ first, {section}=NAME")
+    module, _, name = str(target).rpartition(".")
+    if not all(map(str.isidentifier, str(target).split("."))) or not module:
+        raise UserError(f"{section}._target_={target}: no such class (it is to be MODULE.CLASS)")
     try:
-        cls = pkgutil.resolve_name(str(target))
+        # With a colon it imports the module itself, and what is wrong inside is not taken for a missing one.
+        cls = pkgutil.resolve_name(f"{module}:{name}")
     except (ImportError, AttributeError, ValueError) as error:
+        if _is_users_own(module, error):
+            raise
         raise UserError(f"{section}._target_={target}: no such class ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, kind)):
         raise UserError(f"{section}._target_={target}: not a subclass of {kind.__module__}.{kind.__qualname__}")
@@ -134,6 +143,15 @@ def must_be(error: Any) -> str:
 def accepted(cls: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The subset of ``arguments`` that ``cls`` has parameters for."""
     return {key: value for key, value in arguments.items() if key in inspect.signature(cls).parameters}
+
+
+def _is_users_own(module: str, error: Exception) -> bool:
+    """Whether ``error`` comes from the code in a module that is no library's, and not because there is none."""
+    if module.partition(".")[0] in LIBRARIES:
+        return False
+    if isinstance(error, ModuleNotFoundError):
+        return not f"{module}.".startswith(f"{error.name}.")
+    return module not in sys.modules  # Python takes it out when its import fails
 
 
 def _is_of_library(cls: Callable[..., Any]) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit.cli import latest
-from mnist_lit.cli.data_of_run import with_folder_of_run
+from mnist_lit.cli.data_of_run import metrics_of_run, with_data_of_run
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.reports.results import evaluation_table, limited_by, only_showing
 from mnist_lit.storage import runs
@@ -31,8 +31,10 @@ def evaluate(
     Args:
         folder: Where ``metrics.json`` and ``report.html`` go.
         ckpt: A checkpoint, a run's folder, or ``latest``.
-        data: Without ``dir``, the data are looked for where the run of the checkpoint had them.
-        trust: Packages whose networks the checkpoint may name, besides this project's.
+        data: Without ``_target_``, the data are those of the checkpoint's run, but for the keys given; without ``dir``,
+            they are looked for where the run had them.
+        metrics: What to measure beside loss and accuracy; None: what the run did.
+        trust: Packages whose classes the checkpoint and its run may name, besides this project's.
 
     Returns:
         What ``metrics.json`` holds.
@@ -45,7 +47,7 @@ def evaluate(
         from mnist_lit.inference.trained import find
 
     path = find(latest.resolve(ckpt))  # before the imports that take ten seconds
-    data = with_folder_of_run(data, path)
+    data, metrics = with_data_of_run(data, path, trust), metrics or metrics_of_run(path, trust)
     with loading("torchvision and Lightning"):
         import lightning as L
 

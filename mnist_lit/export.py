@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnist_lit import UserError, __version__, require_packages
 from mnist_lit.cli import latest
-from mnist_lit.cli.data_of_run import with_folder_of_run
+from mnist_lit.cli.data_of_run import with_data_of_run
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.storage.atomic import atomic_path, require_free
 from mnist_lit.storage.provenance import facts_of, why_not_to_test
@@ -41,9 +41,9 @@ def export(
             float32 [N, 1, 28, 28] from 0 to 1 (or whatever ``data`` has), and the output ``probabilities``, float32
             [N, 10], for any N. ``.pt2``: the same as a torch.export program. ``.safetensors``: the weights of the network,
             whose logits become the probabilities by softmax once they are divided by the ``temperature`` in its metadata.
-        data: The data module's class (``_target_``) and arguments; None for those of ``conf/data/mnist.yaml``.
-            Without ``dir``, the data are looked for where the run of the checkpoint had them.
-        trust: Packages whose networks the checkpoint may name, besides this project's.
+        data: The data module's class (``_target_``) and arguments. Without ``_target_``, the data are those of the
+            checkpoint's run, but for the keys given; without ``dir``, they are looked for where the run had them.
+        trust: Packages whose classes the checkpoint and its run may name, besides this project's.
 
     Returns:
         The metadata in the file: ``version``, ``network``, ``trained_on``, ``temperature``, ``tested_on`` and
@@ -70,7 +70,7 @@ def export(
 
         from mnist_lit.build import instantiate
 
-    data = with_folder_of_run({"_target_": "mnist_lit.data.MNISTDataModule", **(data or {})}, model.path)
+    data = with_data_of_run(data or {}, model.path, trust)
     datamodule: Any = instantiate("data", data, L.LightningDataModule)
     datamodule.prepare_data()
     datamodule.setup("test")

@@ -231,10 +231,11 @@ def test_hydras_own_ways_work(tmp_path: Path, command: Command) -> None:
     assert " DEBUG " in (tmp_path / "run" / "train.log").read_text()
 
 
-@pytest.mark.parametrize("where", ["__init__", "forward"])
+@pytest.mark.parametrize("where", ["import", "missing", "__init__", "forward"])
 def test_an_error_in_ones_own_network_shows_where_it_was_raised(where: str, tmp_path: Path, command: Command) -> None:
     (tmp_path / "my_networks.py").write_text(
-        "from torch import nn\n\nclass Net(nn.Module):\n"
+        {"import": "from torch import no_such_name\n", "missing": "import no_such_package\n"}.get(where, "")
+        + "from torch import nn\n\nclass Net(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.layer = nn.Linear(784, 10)\n"
         f"        if '{where}' == '__init__': nn.Linear(784, 'ten')\n\n"
         "    def forward(self, images):\n        return self.layer(images.flatten(1)).reshape(3, 3, 3)\n"

@@ -47,6 +47,13 @@ REFUSALS = [
     ("~trainer.profiler", "trainer.profiler is null: there is nothing to delete"),
     ("~sed", "unknown key sed; did you mean seed?"),
     ("optimizer=sgd,adam optimizer.lrr=1", "optimizer=sgd,adam: several values are a sweep, which needs -m"),
+    ("scheduler.max_lr=1", "unknown key scheduler.max_lr: scheduler is null; choose one first, scheduler=NAME"),
+    ("callbacks.ema.decay=1", "unknown key callbacks.ema.decay: callbacks is null; choose one first, callbacks=NAME"),
+    ("resume.x=1", "unknown key resume.x (--help shows them all"),
+    ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0: must be greater than or equal to 1"),
+    ("trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch=0: must be greater than or equal to 1"),
+    ("trainer.val_check_interval=0", "trainer.val_check_interval=0: must be greater than 0"),
+    ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1: must be greater than or equal to 0"),
     ("data.dir", "cannot read data.dir: arguments are KEY=VALUE (--help shows the keys)"),
     ("seed=1=2", "cannot read seed=1=2"),
 ]

@@ -75,7 +75,7 @@ def test_other_data_are_a_module_and_a_line(tmp_path: Path, command: Command) ->
     assert done.returncode == 0 and "15,365 parameters" in done.stdout, done.stderr  # 3 x 32 x 32 x 5 + 5
     assert json.loads((tmp_path / "outputs" / "RUN" / "metrics.json").read_text())["test/images"] == 1000
     done = command(*evaluate, verb="evaluate", cwd=tmp_path)
-    assert done.returncode == 0 and "500 images of my_data.Stripes" in done.stdout, done.stderr
+    assert done.returncode == 0 and "1,000 images of my_data.Stripes" in done.stdout, done.stderr
     by_file = ["data=stripes", "model._target_=my_data.Linear", *short, "--config-dir", "my_conf"]
     done = command(*by_file, "hydra.run.dir=outputs/2", cwd=tmp_path)
     assert json.loads((tmp_path / "outputs" / "2" / "metrics.json").read_text())["test/images"] == 1000, done.stderr

@@ -11,11 +11,12 @@ import torch
 import yaml
 from conftest import Command
 from helpers import ROOT, results
+from PIL import Image
 from torchvision.datasets import MNIST
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import settings
-from mnist_lit.cli.data_of_run import with_folder_of_run
+from mnist_lit.cli.data_of_run import with_data_of_run
 from mnist_lit.cli.keys import DATA_DIR
 from mnist_lit.evaluate import evaluate
 from mnist_lit.export import export
@@ -152,21 +153,50 @@ def test_a_data_folder_that_is_given_or_of_another_class_is_not_the_runs(tmp_pat
     for folder in (tmp_path, run):
         monkeypatch.chdir(folder)
         for data in ({}, {"_target_": own}):
-            assert Path(with_folder_of_run(data, run / runs.LAST)["dir"]).absolute() == tmp_path / "there"
-    for data in ({"dir": "data"}, {"_target_": "mnist_lit.mnist_like.MNISTLikeDataModule"}, {"_target_": "my.Data"}):
-        assert with_folder_of_run(data, run / runs.LAST) == data
-    assert with_folder_of_run({}, tmp_path / "elsewhere" / "checkpoints" / "last.ckpt") == {}
+            assert Path(with_data_of_run(data, run / runs.LAST)["dir"]).absolute() == tmp_path / "there"
+    for data in (
+        {"_target_": own, "dir": "data"},
+        {"_target_": "mnist_lit.mnist_like.MNISTLikeDataModule"},
+        {"_target_": "my.Data"},
+    ):
+        assert with_data_of_run(data, run / runs.LAST) == data
+    assert with_data_of_run({}, tmp_path / "elsewhere" / "checkpoints" / "last.ckpt") == {"_target_": own}
 
     config = run / "config.yaml"
     head, _, rest = config.read_text().split("\n", 2)
     config.write_text(f"{head}\n{rest}")  # of a run before the line was written
     monkeypatch.chdir(tmp_path)
-    assert with_folder_of_run({}, run / runs.LAST) == {"dir": "there"}
+    assert with_data_of_run({}, run / runs.LAST) == {"_target_": own, "dir": "there"}
     for strange in ("# working directory: [1]", "# working directory: {", "[" * 10**4, "x" * 2**20):
         config.write_text(f"{head}\n{strange}\n{rest}")
-        assert with_folder_of_run({}, run / runs.LAST) in ({"dir": "there"}, {})
+        assert with_data_of_run({}, run / runs.LAST) in ({"_target_": own, "dir": "there"}, {"_target_": own})
     config.write_text("nothing")
-    assert with_folder_of_run({}, run / runs.LAST) == {}
+    assert with_data_of_run({}, run / runs.LAST) == {"_target_": own}
+
+
+def test_without_a_choice_the_runs_own_data_and_metrics_are_taken(tmp_path: Path) -> None:
+    """Of other classes than those of conf/evaluate.yaml; a class of somebody else only if it is trusted."""
+    folder = tmp_path / "pictures"
+    for number in range(20):
+        for label in ("a", "b"):
+            (folder / label).mkdir(parents=True, exist_ok=True)
+            drawing = Image.new("L", (28, 28))
+            drawing.paste(255, (4, 4, 8 + number % 9, 24) if label == "a" else (4, 4, 24, 8 + number % 9))
+            drawing.save(folder / label / f"{number}.png")
+    of_run = ["data=image_folder", f"data.dir={folder}", "metrics=top2", "data.batch_size=10"]
+    train(tmp_path / "run", **settings("train", *of_run, "trainer.max_epochs=1", "trainer.accelerator=cpu"))
+    names = ["a", "b", *(f"class {n}" for n in range(2, 10))]  # the tutorial's network has ten outputs
+    assert [row["name"] for row in results(tmp_path / "run")["test/digits"]] == load(tmp_path / "run").names == names
+    here = [f"ckpt={tmp_path / 'run'}", "trainer.accelerator=cpu"]
+    found, trained = evaluate(tmp_path / "tested", **settings("evaluate", *here)), results(tmp_path / "run")
+    compared = ("data", "test/loss", "test/acc", "test/top2")
+    assert {key: found[key] for key in compared} == {key: trained[key] for key in compared}
+    assert evaluate(tmp_path / "in_3", **settings("evaluate", *here, "data.batch_size=3"))["data"] == found["data"]
+
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("mnist_lit.image_folder.", "antigravity."))
+    with pytest.raises(UserError, match=r"names antigravity.ImageFolderDataModule.* add trust=\[antigravity\]"):
+        evaluate(tmp_path / "refused", **settings("evaluate", *here))
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "export"])

@@ -332,6 +332,10 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     ("overrides", "sentence"),
     [
         (["callbacks=early_stopping"], "callbacks: EarlyStopping monitors val/acc, and there is no validation split"),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/accc", "data.val_size=100"],
+            "Early stopping conditioned on metric `val/accc` which is not available",
+        ),
         (["scheduler=plateau"], "scheduler monitors val/loss, and there is no validation split: set data.val_size"),
         (["callbacks=lr_monitor"], "no logger"),
         (["scheduler=step", "scheduler.gamma=high"], r"scheduler\.gamma=high: must be a valid number"),

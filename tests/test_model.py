@@ -160,6 +160,8 @@ def test_weights_of_unknown_origin_are_not_scored_on_the_sample(claims_full_data
         ({"_target_": "mnist_lit.network.Nothing"}, None, "no such class"),
         ({"_target_": "no_such_module.Net"}, None, "no such class"),
         ({"_target_": "Net"}, None, "no such class"),
+        ({"_target_": "..Net"}, None, "no such class"),
+        ({"dropout": 0.5}, None, "model has no _target_, so no class"),
         ({"_target_": "pathlib.Path"}, None, "not a subclass of torch.nn.modules.module.Module"),
         ({**TUTORIAL_MODEL, "droput": 0.1}, None, "model: .*droput"),
         (None, {"_target_": "torch.optim.Adamm", "lr": 1.0}, "no such class"),

@@ -59,9 +59,12 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
         if f"{section}._target_" in typed and isinstance(values.get(section), dict):  # the file's keys are another's
             kept = {key.split(".")[1] for key in typed if key.startswith(f"{section}.")}
             values[section] = {key: value for key, value in values[section].items() if key in kept}
-    of_run = verb in ("evaluate", "export") and "data.dir" not in typed and not of_hydra.job.chdir
-    if of_run and isinstance(data := values["data"], dict) and data.get("dir") == DATA_DIR:
-        values["data"] = {key: value for key, value in data.items() if key != "dir"}  # these then take the run's
+    if verb in ("evaluate", "export") and not of_hydra.job.chdir and isinstance(data := values["data"], dict):
+        # What nobody has chosen, these take from the run.
+        if of_hydra.runtime.choices.get("data") == "mnist" and not {"data", "data._target_"} & {*typed}:
+            values["data"] = {key: value for key, value in data.items() if f"data.{key}" in typed}
+        elif "data.dir" not in typed and data.get("dir") == DATA_DIR:
+            values["data"] = {key: value for key, value in data.items() if key != "dir"}
     check(verb, values)
     return values
 
@@ -87,19 +90,21 @@ class ConfigFiles:
     @contextlib.contextmanager
     def errors_as_user_errors(self, overrides: Iterable[str]) -> Iterator[None]:
         """In this block what Hydra says about ``overrides`` becomes a ``UserError``, with the nearest key."""
-        with as_user_errors(lambda: self._keys(overrides)):
+        with as_user_errors(lambda: self._keys(overrides), self._groups()):
             yield
 
     def _keys(self, overrides: Iterable[str]) -> list[str]:
         from hydra.errors import HydraException
 
-        groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"]
-        choices = [override for override in overrides if key_of(override) in groups]
+        choices = [override for override in overrides if key_of(override) in self._groups()]
         try:
             config = self.compose(choices)
         except HydraException:  # a choice that does not exist, or several in a sweep
             config = self.compose([])
-        return [*flatten(plain_values(config, resolve=False)), *groups]
+        return [*flatten(plain_values(config, resolve=False)), *self._groups()]
+
+    def _groups(self) -> list[str]:
+        return [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"]
 
     def outputs_folder(self) -> Path:
         """Where runs have their folders, whatever folder Hydra has changed to."""

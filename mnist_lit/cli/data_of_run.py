@@ -1,8 +1,8 @@
-"""The data folder of a run, for the commands that test its network on other days and from other working directories."""
+"""The data and metrics of a run, for the commands that test its network on other days and from other directories."""
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +10,29 @@ from mnist_lit import UserError
 from mnist_lit.cli import resume
 from mnist_lit.cli.keys import CLASSES
 from mnist_lit.storage import runs
+from mnist_lit.storage.trust import require_trusted
 
 log = logging.getLogger(__name__)
 
 
-def with_folder_of_run(data: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """The section ``data`` with the ``dir`` of the run that ``checkpoint`` is of, unless it has one itself.
+def with_data_of_run(data: Mapping[str, Any], checkpoint: Path, trust: Iterable[str] = ()) -> dict[str, Any]:
+    """The section ``data``, completed by that of the run whose folder ``checkpoint`` is in.
 
-    It stays as it is if the checkpoint is in no run's folder, the run's data were of another class, or their folder is not
-    there any more, of which a line is logged.
+    Without ``_target_`` it is the run's section, with the given keys changed; with the class of the run's, it only gets its
+    ``dir``. It stays as it is if the checkpoint is in no run's folder, or the run's data were of another class. A ``dir``
+    that is not there any more is not taken, and a line of the log says so.
+
+    Raises:
+        UserError: The class of the run's data is neither of this project nor trusted.
     """
     data, folder = dict(data), checkpoint.absolute().parent.parent
-    if "dir" in data or not (folder / "config.yaml").is_file():
-        return data
-    try:
-        own = resume.read_config(folder / "config.yaml")["data"]
-    except UserError:  # the checkpoint says all that is needed of the network
-        return data
+    if not (own := config_of_run(checkpoint).get("data")):
+        return {"_target_": CLASSES["data"], **data}
+    if "_target_" not in data:
+        require_trusted(own, folder / "config.yaml", trust)
+        data = {**{key: value for key, value in own.items() if key != "dir"}, **data}
     place = own.get("dir")
-    if not isinstance(place, str) or own["_target_"] != data.get("_target_", CLASSES["data"]):
+    if "dir" in data or not isinstance(place, str) or own["_target_"] != data["_target_"]:
         return data
     where = runs.working_directory(folder) / os.path.expanduser(place)
     if where.is_dir():
@@ -36,3 +40,23 @@ def with_folder_of_run(data: Mapping[str, Any], checkpoint: Path) -> dict[str, A
     if where != Path(place).absolute() and "sample" not in (own.get("source"), data.get("source")):
         log.warning("%s had its data in %s, which is not there now: data.dir= says where they are", folder, where)
     return data
+
+
+def metrics_of_run(checkpoint: Path, trust: Iterable[str] = ()) -> dict[str, Any] | None:
+    """The section ``metrics`` of the run whose folder ``checkpoint`` is in, if it has one.
+
+    Raises:
+        UserError: One of the classes is neither of this project nor its libraries', nor trusted.
+    """
+    metrics = config_of_run(checkpoint).get("metrics")
+    require_trusted(metrics, checkpoint.absolute().parent.parent / "config.yaml", trust)
+    return metrics
+
+
+def config_of_run(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run whose folder ``checkpoint`` is in; empty if there is none, or it cannot be read."""
+    path = checkpoint.absolute().parent.parent / "config.yaml"
+    try:
+        return resume.read_config(path) if path.is_file() else {}
+    except UserError:  # the checkpoint says all that is needed of the network
+        return {}

@@ -9,11 +9,12 @@ from mnist_lit import UserError
 
 
 @contextmanager
-def as_user_errors(keys: Callable[[], Iterable[str]]) -> Iterator[None]:
+def as_user_errors(keys: Callable[[], Iterable[str]], groups: Iterable[str]) -> Iterator[None]:
     """In this block what Hydra and OmegaConf raise while they compose becomes a ``UserError``.
 
     Args:
         keys: Gives the keys that there are, for a suggestion.
+        groups: The groups that files can be chosen from.
     """
     import yaml
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -52,7 +53,10 @@ def as_user_errors(keys: Callable[[], Iterable[str]]) -> Iterator[None]:
             case _ if unknown and text.startswith("Could not delete") and unknown[1] in keys():
                 text = f"{unknown[1]} is null: there is nothing to delete"
             case _ if unknown:
-                text = f"unknown key {unknown[1]}{suggestion(unknown[1], keys())}"
+                group, dot, _ = unknown[1].partition(".")
+                is_null = dot and group in groups and not any(key.startswith(f"{group}.") for key in keys())
+                choose = f": {group} is null; choose one first, {group}=NAME (--help shows them)"
+                text = f"unknown key {unknown[1]}{choose if is_null else suggestion(unknown[1], keys())}"
         raise UserError(text) from error
 
 

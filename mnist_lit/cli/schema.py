@@ -45,6 +45,16 @@ class Checkpoint(TypedDict, total=False):
     every_n_steps: Count | None
 
 
+@carries_along
+class Trainer(TypedDict, total=False):
+    accumulate_grad_batches: Count
+    check_val_every_n_epoch: Count | None
+    val_check_interval: Annotated[float, Field(gt=0)] | str | dict[str, Any] | None
+    num_sanity_val_steps: Annotated[int, Field(ge=-1)] | None
+    gradient_clip_val: Annotated[float, Field(ge=0)] | None
+    log_every_n_steps: Annotated[int, Field(ge=0)] | None
+
+
 class Verb(TypedDict, total=False):
     trust: Text | list[Text]
 
@@ -54,7 +64,7 @@ class Evaluate(Verb, total=False):
     ckpt: Text
     data: Data
     metrics: dict[str, Any] | None
-    trainer: dict[str, Any]
+    trainer: Trainer
 
 
 @carries_along
@@ -64,7 +74,7 @@ class Train(Verb, total=False):
     data: Data
     model: Model
     optimizer: dict[str, Any]
-    trainer: dict[str, Any]
+    trainer: Trainer
     checkpoint: Checkpoint
     scheduler: dict[str, Any] | None
     augment: dict[str, Any] | None
@@ -161,7 +171,7 @@ def check(verb: str, values: Mapping[str, Any]) -> None:
         _adapter(verb).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        names = {key for cls in (Data, Model, Checkpoint, *VERBS.values()) for key in cls.__annotations__}
+        names = {key for cls in (Data, Model, Checkpoint, Trainer, *VERBS.values()) for key in cls.__annotations__}
         key = ".".join(str(part) for part in first["loc"] if str(part) in names)
         if first["type"] == "extra_forbidden":
             key = str(first["loc"][0])

@@ -52,9 +52,9 @@ class TrainedModel(nn.Module):
     def names(self) -> list[str] | None:
         """The names of the ten classes, if the data that the weights have been trained on last have any."""
         found = self.trained_on[-1].get("classes") if self.trained_on else None
-        if not isinstance(found, list) or len(found) != 10:
+        if not isinstance(found, list) or not 0 < len(found) <= 10:
             return None
-        return [one_line(name, 40) for name in found]
+        return [*(one_line(name, 40) for name in found), *(f"class {n}" for n in range(len(found), 10))]
 
     @property
     def reads_digits(self) -> bool:

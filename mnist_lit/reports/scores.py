@@ -69,7 +69,7 @@ def scores(
     """Scores of the predicted probabilities [N, classes] for the true digits ``labels`` [N], besides loss and accuracy.
 
     Args:
-        names: Those of the classes, if they are not digits.
+        names: Those of the classes, if they are not digits; a network can have more outputs than the data have classes.
         temperature: What a trained model divides its logits by when it predicts, if that was measured.
 
     Returns:
@@ -84,6 +84,7 @@ def scores(
         for metric in (metrics.multiclass_precision, metrics.multiclass_recall, metrics.multiclass_f1_score)
     )
     counts = labels.bincount(minlength=classes).tolist()
+    names = names and [*names, *(f"class {n}" for n in range(len(names), classes))]
     calibration = {"test/calibration_error": probabilities}
     if temperature:  # softmax(logits / T) is softmax(log(probabilities) / T)
         calibration["test/calibration_error_scaled"] = (probabilities.log() / temperature).softmax(dim=1)

@@ -52,7 +52,7 @@ def report(
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
     lines = [f"failed: trial {trial.number}: {trial.user_attrs['reason']}" for trial in failed]
     lines += [
-        f"{len(complete)} trials completed, {pruned} pruned, {len(failed)} failed; all are in {shown}",
+        f"{len(complete)} trial{'s' * (len(complete) != 1)} completed, {pruned} pruned, {len(failed)} failed; all are in {shown}",
         f"to train with the best settings: python -m mnist_lit.train --config-dir={shown} experiment=best",
     ]
     log.info("\n%s\n\n%s", text_table(rows, ">"), "\n".join(lines))

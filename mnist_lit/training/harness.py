@@ -231,6 +231,8 @@ def fitting(trainer: L.Trainer) -> Iterator[None]:
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     except Exception as error:
+        if "conditioned on metric" in str(error):  # early stopping's, at the end of the first epoch
+            raise UserError(" ".join(str(error).split())) from error
         if large := re.fullmatch(r"Target (\d+) is out of bounds.*", str(error)):  # a GPU does not say so
             raise UserError(
                 f"the data have a class {large[1]}, counted from 0, and the network has fewer outputs: model=mlp and "
