@@ -214,6 +214,7 @@ def kinds(draw: random.Random) -> dict[str, Kind]:
         "JSON": predict(ZERO, 200),
         "pixels wanted": one(request("POST", "/predict?pixels=true", PNG), 200),
         "two shapes": one(request("POST", "/predict?refuse=false", TWO), 200),
+        "explained": one(request("POST", "/predict?explain=true", PNG), 200, 503),
         "form": one(multipart(form(part(b"1", b"n", None), part(PNG))), 200),
         "phone's photo": one(PHONE, 200, 503),
         "phone's photo in a form": one(PHONE_IN_FORM, 200, 503),

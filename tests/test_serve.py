@@ -1,6 +1,7 @@
 """The server as its users see it: over a socket, and in a browser."""
 
 import asyncio
+import base64
 import contextlib
 import gc
 import http.client
@@ -145,6 +146,36 @@ def test_a_large_photo_of_a_digit_is_normalized(port: int, digits) -> None:
     large = np.asarray(Image.fromarray(seven).resize((400, 400)), dtype=np.int64)
     photo[100:500, 150:550] = 230 - large * 200 // 255
     assert ask(port, png(photo, "JPEG"))[1]["digit"] == 7
+
+
+def test_an_explanation_is_what_the_layers_and_covered_images_say(port: int, good_run: Path, digits) -> None:
+    import torch
+    from torch.nn import functional as F
+
+    from mnist_lit.inference.trained import load
+
+    model, image = load(good_run), torch.from_numpy(digits[0][3])[None] / 255
+    status, response, _ = ask(port, png(digits[0][3]), path="/predict?explain=true")
+    assert status == 200 and list(response) == ["digit", "probabilities", "explanation"]
+    with torch.inference_mode():
+        x, expected = image[None], {}
+        for name in ("conv1", "conv2"):
+            layer = getattr(model.network, name)
+            x = expected[name] = F.conv2d(x, layer.weight, layer.bias).relu()
+    assert [each["layer"] for each in response["explanation"]["feature_maps"]] == ["conv1", "conv2"]
+    for each in response["explanation"]["feature_maps"]:
+        maps = expected[each["layer"]][0]
+        values = np.frombuffer(base64.b64decode(each["values"]), np.uint8).reshape(each["shape"])
+        np.testing.assert_allclose(values / 255, maps / maps.max(), atol=1.5 / 255)
+
+    found = np.array(response["explanation"]["occlusion"])
+    for row, column in ((0, 0), (6, 6), (7, 5), (13, 13)):
+        covered, top, left = image.clone(), max(0, 2 * row - 1), max(0, 2 * column - 1)  # 5x5, less at the edges
+        covered[:, top : 2 * row + 4, left : 2 * column + 4] = 0
+        with torch.inference_mode():
+            before, after = model(torch.stack([image, covered]))[:, response["digit"]].tolist()
+        assert found[row, column] == pytest.approx(before - after, abs=1e-5)
+    assert abs(found).max() > 0.01
 
 
 def test_health(port: int) -> None:
@@ -367,7 +398,7 @@ def test_two_shapes_are_refused_unless_asked_not_to(port: int, digits) -> None:
         assert refused(ask(port, both, f"/predict{query}"), 422, sentence)
     status, response, _ = ask(port, both, "/predict?refuse=false&pixels=true")
     assert (status, list(response)) == (200, ["digit", "probabilities", "pixels"])
-    for name in ("refuse", "pixels"):
+    for name in ("refuse", "pixels", "explain"):
         for value in ("", "1", "False", "no", "%00"):
             assert refused(ask(port, both, f"/predict?{name}={value}"), 422, f"{name} must be true or false")
 
@@ -379,7 +410,7 @@ def test_openapi_describes_the_api(port: int) -> None:
     assert (status, served, headers["content-type"]) == (200, API, "application/json")
     assert API["info"]["version"] == __version__
     predict = API["paths"]["/predict"]["post"]
-    assert [each["name"] for each in predict["parameters"]] == ["pixels", "refuse"]
+    assert [each["name"] for each in predict["parameters"]] == ["pixels", "explain", "refuse"]
     limits = [web.MAX_BYTES, web.MAX_PNG_PIXELS, web.MAX_PIXELS, web.SMALL_BYTES]
     for text, named in (
         (json.dumps(predict["requestBody"]), limits[:3]),
@@ -643,6 +674,33 @@ def test_digits_drawn_with_the_mouse_are_recognized(
         assert page.locator("progress").nth(digit).evaluate("bar => bar.value") == 0
     assert answer.get_attribute("aria-live") == "polite"
     assert all(url.startswith(f"http://{HOST}:{port}/") for url in requests)
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_page_shows_how_the_network_comes_to_it_on_request(port: int, browser: Browser, width: int) -> None:
+    page = browser(width, 900, "light")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.extend([request.url] * ("predict" in request.url)))
+    page.goto(f"http://{HOST}:{port}/")
+    paper = page.locator("#drawing").bounding_box()
+    page.mouse.move(paper["x"] + paper["width"] * 0.5, paper["y"] + paper["height"] * 0.2)
+    page.mouse.down()
+    page.mouse.move(paper["x"] + paper["width"] * 0.5, paper["y"] + paper["height"] * 0.8, steps=8)
+    page.mouse.up()
+    page.get_by_text("This is a 1").wait_for()
+    assert asked and not [url for url in asked if "explain=true" in url]
+    page.get_by_text("How the network comes to it").click()
+    page.get_by_text("conv2: its 64 feature maps, 24×24 pixels each").wait_for()
+    colors = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    maps = [np.array(page.locator("#maps canvas").nth(n).evaluate(colors))[::4] for n in (0, 1)]
+    assert [len(each) for each in maps] == [(2 * 27 - 1) * (16 * 27 - 1), (4 * 25 - 1) * (16 * 25 - 1)]
+    assert all(each.max() == 255 and 0.01 < (each > 30).mean() < 0.99 for each in maps)
+    red, _, blue, _ = np.array(page.locator("#occlusion").evaluate(colors)).reshape(-1, 4).T
+    assert (red != blue).any()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_text("Nothing drawn yet").wait_for()
+    assert page.locator("#maps canvas").count() == 0
 
 
 def test_the_page_says_why_a_drawing_is_refused(port: int, browser: Browser) -> None:

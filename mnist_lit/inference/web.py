@@ -1,8 +1,8 @@
 """Web application: a page to draw digits on and the JSON API behind it.
 
 Each prediction request carries one image. Its body is read under a size and a time limit, and the prediction runs in a
-thread. While ``MAX_CONCURRENT`` predictions are in progress, further requests get 503. Large images have few of these
-places and a single thread, so that drawings need not wait for them. Every error is JSON. ``page/openapi.json``
+thread. While ``MAX_CONCURRENT`` predictions are in progress, further requests get 503. Large images and explanations have
+few of these places and a single thread, so that others need not wait for them. Every error is JSON. ``page/openapi.json``
 describes the API.
 """
 
@@ -35,6 +35,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mnist_lit import __version__
 from mnist_lit.inference.detector import NO_DIGIT, load_detector
 from mnist_lit.inference.digit import to_mnist
+from mnist_lit.inference.explain import explanation
 from mnist_lit.inference.images import DECODE_ERRORS, FORMATS, HEIC, read_grey
 from mnist_lit.inference.ink import SIDE, ImageError
 from mnist_lit.inference.trained import TrainedModel
@@ -52,7 +53,9 @@ SMALL_BYTES = 2**20
 SMALL_PIXELS = 1024 * 1024
 
 MAX_CONCURRENT = 64  # predictions in progress
-MAX_LARGE = 4  # of them with a large image, so that all bodies take at most 60 x 1 + 4 x 16 = 124 MiB
+MAX_LARGE = (
+    4  # of them with a large image, or to be explained, so that all bodies take at most 60 x 1 + 4 x 16 = 124 MiB
+)
 
 # A client's mistakes would fill the terminal.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
@@ -100,15 +103,20 @@ class _Predictor:
 
         If the model's classes are no digits, ``name`` is that of the class.
         With ``?pixels=true`` the response also has ``pixels``, the 784 numbers from 0 to 1 that the network received.
+        With ``?explain=true`` it has an ``explanation``: the first two convolutions' feature maps, and what covering a part
+        of the image does to the answer.
         With ``?refuse=false`` an image that shows no digit, or two shapes, is answered nevertheless.
         """
         if request.method != "POST":
             raise HTTPException(405, "send the image with POST", {"Allow": "POST"})
         wants_pixels, refuse = _flag(request, "pixels", "false"), _flag(request, "refuse", "true")
+        explain = _flag(request, "explain", "false")
         try:
             _admit(request, self.in_progress, MAX_CONCURRENT, "predictions")
+            if explain:
+                _admit(request, self.large, MAX_LARGE, "explanations or large images")
             body = await self._body(request)
-            work = partial(self._predict, body, request.headers.get("Content-Type", ""), refuse)
+            work = partial(self._predict, body, request.headers.get("Content-Type", ""), refuse, explain)
             while True:
                 large = request in self.large
                 limiter = self.thread_of_large if large else self.threads
@@ -149,7 +157,9 @@ class _Predictor:
         if size > SMALL_BYTES:
             _admit(request, self.large, MAX_LARGE, "predictions of large images")
 
-    def _predict(self, body: bytes, content_type: str = "", refuse: bool = True, large: bool = False) -> dict[str, Any]:
+    def _predict(
+        self, body: bytes, content_type: str = "", refuse: bool = True, explain: bool = False, large: bool = False
+    ) -> dict[str, Any]:
         """What is to be responded; empty if the body has a large image and ``large`` is False."""
         kind, options = parse_options_header(content_type)
         file = _from_form(body, options.get(b"boundary", b"")) if kind == b"multipart/form-data" else body
@@ -170,6 +180,7 @@ class _Predictor:
             **({"name": self.names[digit]} if self.names else {}),
             "probabilities": probabilities.tolist(),
             "pixels": image.round(3).reshape(-1).tolist(),
+            **({"explanation": explanation(self.model, inputs[0])} if explain else {}),
         }
 
 

@@ -1,7 +1,6 @@
 """Present the results of a run: learning curves as a figure, and ``report.html``, a self-contained page."""
 
 import base64
-import copy
 import io
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
 
+from mnist_lit.inference.explain import feature_maps
 from mnist_lit.reports.results import further_metrics
 from mnist_lit.reports.scores import MAX_MISTAKES
 from mnist_lit.storage.atomic import atomic_write
@@ -135,22 +135,10 @@ def _filters(network: nn.Module) -> list[str]:
 
 
 def _feature_maps(network: nn.Module, images: Tensor | None) -> list[dict[str, Any]]:
-    """What the first two convolutions, with ReLU, make of each image: a picture of all their channels side by side."""
-    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)][:2]
-    if images is None or not layers:
+    """What the first two convolutions make of each image: a picture of all their channels side by side."""
+    if images is None or not (outputs := feature_maps(network, images)):
         return []
-    outputs: dict[nn.Module, Tensor] = {}
-    hooks = [layer.register_forward_hook(lambda layer, _, output: outputs.update({layer: output})) for layer in layers]
-    was_training, weight, shallow = network.training, layers[0].weight, copy.copy(network)  # with the same layers
-    vars(shallow)["cpu_kernel"] = False  # it would step aside for the hooks, and say so in the log
-    try:
-        with torch.inference_mode():
-            shallow.eval()(images.to(weight.device, weight.dtype))
-    finally:
-        network.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    maps = [output.relu().cpu().float() for output in outputs.values()]  # a layer may be there and not be called
+    maps = [output.cpu().float() for output in outputs.values()]
     return [
         {"image": _picture(image), "maps": [_tiles(each[number] / each.max().clamp(min=1e-9)) for each in maps]}
         for number, image in enumerate(images.cpu().float())

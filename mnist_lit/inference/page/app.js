@@ -5,10 +5,15 @@ const ink = drawing.getContext("2d");
 const pen = document.getElementById("pen");
 const answer = document.getElementById("answer");
 const seen = document.getElementById("seen").getContext("2d");
+const inside = document.getElementById("inside");
+const occlusion = document.getElementById("occlusion").getContext("2d");
+const maps = document.getElementById("maps");
 
 const PEN = 22; // canvas pixels; about two of the 28 pixels that the network sees
 const STEP = 10; // canvas pixels per press of an arrow key
 const PAUSE = 80; // minimum milliseconds between two requests
+const COLUMNS = 16; // of small pictures, one for each channel of a layer
+const CLEAR_EFFECT = 0.05; // a change of the probability that is shown as such; smaller ones are paler
 
 const rows = Array.from({ length: 10 }, (_, digit) => {
   const row = document.createElement("li");
@@ -140,7 +145,7 @@ async function predict() {
     let pause = PAUSE;
     try {
       const image = await new Promise((resolve) => drawing.toBlob(resolve, "image/png"));
-      const response = await fetch("predict?pixels=true", { method: "POST", body: image });
+      const response = await fetch(`predict?pixels=true&explain=${inside.open}`, { method: "POST", body: image });
       const result = await response.json();
       if (response.ok) {
         if (!empty) show(result);
@@ -172,7 +177,47 @@ function show(result, otherwise = "Nothing drawn yet") {
     image.data.set([grey, grey, grey, 255], 4 * i);
   }
   seen.putImageData(image, 0, 0);
+  showOcclusion(image, result?.explanation?.occlusion);
+  maps.replaceChildren(...(result?.explanation?.feature_maps ?? []).map(featureMaps));
   answer.textContent = result ? `${result.name ? `This is: ${result.name}` : `This is a ${result.digit}`} (${percent(result.probabilities[result.digit])})` : otherwise;
+}
+
+// ---- how the network comes to it, which is only asked for while it is shown
+
+inside.addEventListener("toggle", () => inside.open && changed());
+
+function showOcclusion(image, effects = []) {
+  const strongest = Math.max(CLEAR_EFFECT, ...effects.flat().map(Math.abs));
+  for (let i = 0; effects.length && i < 784; i += 1) {
+    const effect = effects[Math.floor(i / 56)][Math.floor((i % 28) / 2)] / strongest;
+    const color = effect > 0 ? [255, 60, 60] : [70, 120, 255];
+    const share = 0.8 * Math.abs(effect);
+    for (let channel = 0; channel < 3; channel += 1) {
+      image.data[4 * i + channel] = (1 - share) * image.data[4 * i + channel] + share * color[channel];
+    }
+  }
+  occlusion.putImageData(image, 0, 0);
+}
+
+function featureMaps({ layer, shape: [channels, height, width], values }) {
+  const bytes = Uint8Array.from(atob(values), (character) => character.charCodeAt(0));
+  const figure = document.createElement("figure");
+  const canvas = document.createElement("canvas");
+  const caption = document.createElement("figcaption");
+  canvas.width = COLUMNS * (width + 1) - 1;
+  canvas.height = Math.ceil(channels / COLUMNS) * (height + 1) - 1;
+  const context = canvas.getContext("2d");
+  for (let channel = 0; channel < channels; channel += 1) {
+    const image = context.createImageData(width, height);
+    for (let i = 0; i < width * height; i += 1) {
+      const grey = bytes[channel * width * height + i];
+      image.data.set([grey, grey, grey, 255], 4 * i);
+    }
+    context.putImageData(image, (channel % COLUMNS) * (width + 1), Math.floor(channel / COLUMNS) * (height + 1));
+  }
+  caption.textContent = `${layer}: its ${channels} feature maps, ${height}×${width} pixels each, brighter where it finds more`;
+  figure.append(canvas, caption);
+  return figure;
 }
 
 function percent(probability) {
