@@ -21,7 +21,7 @@ from mnist_lit.storage import runs
 ROOT = Path(__file__).parents[1]
 QUICK = ["data.source=sample", "trainer.accelerator=cpu", "trainer.fast_dev_run=2"]
 # What a clock or the system decides, and not the run.
-MEASURED = ("epoch_seconds", "images_per_second", "fit_seconds", "seconds", "peak_memory_bytes")
+MEASURED = ("epoch_seconds", "images_per_second", "fit_seconds", "test_seconds", "seconds", "peak_memory_bytes")
 MAX_LINES = 8
 OFF = ("logger", "scheduler", "augment", "metrics", "callbacks")  # groups of which nothing is chosen
 

@@ -30,6 +30,7 @@ def test_metrics_json_has_the_results_and_where_they_come_from(finished_run: Pat
     for key in ("test/loss", "test/acc", "train/loss", "train/acc", "fit_seconds"):
         assert isinstance(results[key], float)
     assert len(results["epoch_seconds"]) == 2 and sum(results["epoch_seconds"]) < results["fit_seconds"]
+    assert results["test_seconds"] > 0
     assert results["data"]["name"] == "mnist-sample" and len(results["data"]["sha256"]) == 64
     assert results["seed"] == 0 and results["versions"]["torch"] == torch.__version__.split("+")[0]
     assert 2e8 < results["peak_memory_bytes"] < 2e9

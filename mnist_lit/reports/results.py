@@ -28,6 +28,7 @@ def training_results(recorder: Any, checkpoints: Any) -> dict[str, Any]:
         "epochs": len(recorder.history),
         "epoch_seconds": [row["epoch_seconds"] for row in recorder.history],
         "fit_seconds": recorder.fit_seconds,
+        "test_seconds": recorder.test_seconds,
     }
 
 

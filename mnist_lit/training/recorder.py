@@ -26,6 +26,7 @@ class RunRecorder(L.Callback):
             validation split likewise ``val/loss`` ..., ``epoch_seconds``, the training time without validation, and
             ``images_per_second`` of that time.
         validations: ``epoch``, ``val/loss`` ... of each validation.
+        test_seconds: From the first test batch to the last.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,6 +37,7 @@ class RunRecorder(L.Callback):
         self._started: float | None = None
         self._fit_seconds = 0.0  # in earlier processes of this run
         self._fit_started: float | None = None
+        self.test_seconds = 0.0
 
     @property
     def fit_seconds(self) -> float:
@@ -86,6 +88,13 @@ class RunRecorder(L.Callback):
             parts = [f"{key} {value:.4f}" for key, value in shown.items()]
             log.info("%s  %s  %.1f s", epoch_name(trainer), "  ".join(parts), self._seconds)
             self._write(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = _now(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._started
+        self.test_seconds, self._started = _now(trainer) - self._started, None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero and trainer.training and not isinstance(exception, Interrupted):
