@@ -20,7 +20,7 @@ from PIL import Image
 
 import mnist_lit
 from mnist_lit import MNISTClassifier
-from mnist_lit.cli.config import flatten
+from mnist_lit.cli.config import flatten, settings
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 FENCES = re.compile(r"^(<!-- not run: .+ -->\n)?```(\S*).*?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -90,6 +90,23 @@ def test_the_readmes_lines_for_a_notebook_run(monkeypatch, tmp_path: Path) -> No
     names: dict[str, object] = {}
     exec(quick, names)
     assert abs(names["probabilities"][0].sum(dim=1) - 1).max() < 1e-5  # type: ignore[index]
+
+
+README_LINES = [
+    line
+    for block in blocks("README.md", "bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if "-m mnist_lit." in line
+    and not {"-m", "--help", "--config-dir=outputs/tune"} & {*line.split("mnist_lit.")[1].split()}
+]
+
+
+@pytest.mark.parametrize("line", README_LINES)
+def test_the_readmes_commands_have_keys_and_values_that_there_are(line: str) -> None:
+    """Those of one run; the other pages' commands are run as they stand."""
+    _, _, rest = line.partition("-m mnist_lit.")
+    verb, *overrides = shlex.split(rest, comments=True)
+    settings(verb, *overrides)
 
 
 def test_every_row_of_the_fault_table_has_the_tests_that_it_names() -> None:

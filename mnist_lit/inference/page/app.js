@@ -12,8 +12,7 @@ const maps = document.getElementById("maps");
 const PEN = 22; // canvas pixels; about two of the 28 pixels that the network sees
 const STEP = 10; // canvas pixels per press of an arrow key
 const PAUSE = 80; // minimum milliseconds between two requests
-const COLUMNS = 16; // of small pictures, one for each channel of a layer
-const CLEAR_EFFECT = 0.05; // a change of the probability that is shown as such; smaller ones are paler
+const CLEAR_EFFECT = 0.01; // a change of the probability that is shown as such; smaller ones are paler
 
 const rows = Array.from({ length: 10 }, (_, digit) => {
   const row = document.createElement("li");
@@ -201,11 +200,12 @@ function showOcclusion(image, effects = []) {
 
 function featureMaps({ layer, shape: [channels, height, width], values }) {
   const bytes = Uint8Array.from(atob(values), (character) => character.charCodeAt(0));
+  const columns = inside.clientWidth < 500 ? 8 : 16;
   const figure = document.createElement("figure");
   const canvas = document.createElement("canvas");
   const caption = document.createElement("figcaption");
-  canvas.width = COLUMNS * (width + 1) - 1;
-  canvas.height = Math.ceil(channels / COLUMNS) * (height + 1) - 1;
+  canvas.width = columns * (width + 1) - 1;
+  canvas.height = Math.ceil(channels / columns) * (height + 1) - 1;
   const context = canvas.getContext("2d");
   for (let channel = 0; channel < channels; channel += 1) {
     const image = context.createImageData(width, height);
@@ -213,7 +213,7 @@ function featureMaps({ layer, shape: [channels, height, width], values }) {
       const grey = bytes[channel * width * height + i];
       image.data.set([grey, grey, grey, 255], 4 * i);
     }
-    context.putImageData(image, (channel % COLUMNS) * (width + 1), Math.floor(channel / COLUMNS) * (height + 1));
+    context.putImageData(image, (channel % columns) * (width + 1), Math.floor(channel / columns) * (height + 1));
   }
   caption.textContent = `${layer}: its ${channels} feature maps, ${height}×${width} pixels each, brighter where it finds more`;
   figure.append(canvas, caption);
