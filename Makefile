@@ -19,10 +19,10 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 TESTS = $(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
-# Where the full MNIST is or goes, for demo, results, bench and fidelity.
+# Where the full MNIST is or goes, for demo, results, bench, fidelity and recipes.
 DATA ?= data
 
-.PHONY: help base setup train demo test test-all check docs results peers bench fidelity soak soak-server sanitize lock
+.PHONY: help base setup train demo test test-all check docs results peers bench fidelity recipes soak soak-server sanitize lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -85,6 +85,9 @@ bench: peers  ## time this project against its peers (DATA=FOLDER) and write doc
 
 fidelity: peers  ## train with many seeds, here and with Keras (DATA=FOLDER; hours), and write docs/fidelity.md
 	$(RUN) benchmarks/fidelity.py $(DATA) $(ARGS)
+
+recipes: peers  ## train the recipes of conf/experiment/ (DATA=FOLDER; an hour), and write docs/recipes.md
+	$(RUN) benchmarks/recipes.py $(DATA) $(ARGS)
 
 soak: setup  ## kill runs and a sweep at random moments and go on with them: the same results every time?
 	$(RUN) -W ignore tests/soak.py $(ARGS)

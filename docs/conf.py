@@ -11,7 +11,19 @@ from mnist_lit import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = ["train", "evaluate", "predict", "export", "convert", "serve", "tune", "runs"]
-GROUPS = ["data", "augment", "model", "optimizer", "scheduler", "metrics", "callbacks", "logger", "experiment", "debug"]
+GROUPS = [
+    "data",
+    "augment",
+    "model",
+    "loss",
+    "optimizer",
+    "scheduler",
+    "metrics",
+    "callbacks",
+    "logger",
+    "experiment",
+    "debug",
+]
 # Files outside of docs/ that pages link to, and the pages that show them.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 PAGES |= dict.fromkeys(["conf", "conf/train.yaml", "conf/tune.yaml"], "configuration.md")

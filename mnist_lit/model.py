@@ -38,6 +38,8 @@ class MNISTClassifier(L.LightningModule):
         scheduler: Likewise for the schedule of the learning rate, or None; with ``interval``, ``frequency`` and
             ``monitor`` for Lightning.
         augment: Changes training images, [B, 1, 28, 28] on their device, at random; or None.
+        loss: What training minimizes, a module that takes logits [B, 10] and labels [B]; None is cross-entropy, which
+            validation and test measure in any case.
         metrics: What to measure beside loss and accuracy in each epoch, by name.
 
     Attributes:
@@ -53,17 +55,18 @@ class MNISTClassifier(L.LightningModule):
         optimizer: Mapping[str, Any] | None = None,
         scheduler: Mapping[str, Any] | None = None,
         augment: nn.Module | None = None,
+        loss: nn.Module | None = None,
         metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         model = with_current_names(TUTORIAL_MODEL if model is None else model)
         optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
         compiles = model.pop("compile", False)  # how it runs, and nothing that a checkpoint has to say
-        self.save_hyperparameters(ignore=("augment", "metrics"))
+        self.save_hyperparameters(ignore=("augment", "loss", "metrics"))
         self.network = build("model", model, nn.Module)
         if compiles:
             self.network.compile()
-        self.augment = augment
+        self.augment, self.loss = augment, loss or nn.CrossEntropyLoss()
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics(metrics) for stage in ("train", "val", "test")})
         self.trained_on: list[dict[str, Any]] = []
         built = self._optimizer()  # fail early on invalid arguments
@@ -162,7 +165,7 @@ class MNISTClassifier(L.LightningModule):
         """Mean loss and logits [B, 10], added to the stage's metrics."""
         images, labels = batch
         logits = self.network(images)
-        loss = nn.functional.cross_entropy(logits, labels)
+        loss = (self.loss if stage == "train" else nn.functional.cross_entropy)(logits, labels)
         if len(labels):  # the last batch can have fewer images than there are processes
             self.stage_metrics(stage).add(loss, logits, labels)
         return loss, logits

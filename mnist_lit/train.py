@@ -30,6 +30,7 @@ def train(
     checkpoint: dict[str, Any] | None = None,
     scheduler: dict[str, Any] | None = None,
     augment: dict[str, Any] | None = None,
+    loss: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
     callbacks: dict[str, Any] | None = None,
     logger: dict[str, dict[str, Any]] | None = None,
@@ -74,9 +75,8 @@ def train(
     if float32_matmul_precision:
         torch.set_float32_matmul_precision(float32_matmul_precision)
     L.seed_everything(seed, verbose=False)
-    classifier = MNISTClassifier(
-        model, optimizer, scheduler, harness.build_augmentation(augment), harness.build_metrics(metrics)
-    )
+    training = {"augment": harness.build_augmentation(augment), "loss": harness.build_loss(loss)}
+    classifier = MNISTClassifier(model, optimizer, scheduler, **training, metrics=harness.build_metrics(metrics))
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
     checkpoints = harness.checkpoints(folder, checkpoint or {}, trainer)
     recorder, predictions = RunRecorder(folder), PredictionCollector()
@@ -85,7 +85,7 @@ def train(
     lightning_trainer = harness.build_trainer(folder, trainer, logger, own, datamodule, resumed=bool(resume))
     harness.prepare_data(lightning_trainer, datamodule, trainer, scheduler)
 
-    config = {"seed": seed, "data": data, "augment": augment, "model": model, "optimizer": optimizer}
+    config = {"seed": seed, "data": data, "augment": augment, "model": model, "loss": loss, "optimizer": optimizer}
     config |= {"scheduler": scheduler, "metrics": metrics, "trainer": trainer, "callbacks": callbacks}
     config |= {"checkpoint": checkpoint or {}, "logger": logger}
     config |= {"float32_matmul_precision": float32_matmul_precision, **sections}

@@ -23,7 +23,7 @@ QUICK = ["data.source=sample", "trainer.accelerator=cpu", "trainer.fast_dev_run=
 # What a clock or the system decides, and not the run.
 MEASURED = ("epoch_seconds", "images_per_second", "fit_seconds", "test_seconds", "seconds", "peak_memory_bytes")
 MAX_LINES = 8
-OFF = ("logger", "scheduler", "augment", "metrics", "callbacks")  # groups of which nothing is chosen
+OFF = ("logger", "scheduler", "augment", "loss", "metrics", "callbacks")  # groups of which nothing is chosen
 
 
 def small(*overrides: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mnist_lit.model import MNISTClassifier
 from mnist_lit.schedulers import LENGTHS
 from mnist_lit.storage import runs
 from mnist_lit.train import train
-from mnist_lit.training.harness import build_augmentation, build_trainer
+from mnist_lit.training.harness import build_augmentation, build_loss, build_trainer
 
 CALLBACKS = sorted(path.stem for path in (ROOT / "conf" / "callbacks").glob("*.yaml"))
 
@@ -176,6 +176,27 @@ def test_an_augmentation_changes_each_image_by_itself_and_keeps_what_it_shows(
     x = torch.arange(28.0)
     places = (first * x).sum((1, 2, 3)) / first.sum((1, 2, 3)) - (images * x).sum((1, 2, 3)) / images.sum((1, 2, 3))
     assert 0.5 < places.abs().max() < 6  # moved, and not out of sight
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "loss").glob("*.yaml")])
+def test_a_loss_of_the_group_is_what_training_minimizes_and_resumes_exactly(name: str, tmp_path: Path) -> None:
+    overrides = [f"loss={name}", "model=mlp", "data.val_size=100"]
+    found = train(tmp_path / "whole", **small(*overrides))
+    assert_same(killed_and_resumed(tmp_path / "killed", 5, *overrides), final(tmp_path / "whole"))
+    content = torch.load(tmp_path / "whole" / runs.LAST, weights_only=True)
+    assert "loss" not in str(content["hyper_parameters"]) + str(content["state_dict"].keys())
+
+    images, labels = torch.rand(5, 1, 28, 28), torch.arange(5)
+    of_config = build_loss(settings("train", f"loss={name}")["loss"])
+    assert of_config
+    classifier = MNISTClassifier(loss=of_config).eval()
+    logits = classifier.network(images)
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    smoothed = 0.9 * plain - 0.1 * logits.log_softmax(1).mean()
+    assert classifier.training_step((images, labels), 0).item() == pytest.approx(smoothed.item(), rel=1e-5)
+    classifier.validation_step((images, labels), 0)
+    assert classifier.stage_metrics("val").compute()["loss"] == pytest.approx(plain.item(), rel=1e-5)
+    assert found["train/loss"] != train(tmp_path / "plain", **small("model=mlp", "data.val_size=100"))["train/loss"]
 
 
 def test_only_training_images_are_augmented(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_epoch_seconds_leave_out_validation(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(MNISTClassifier, "on_validation_epoch_start", lambda self: time.sleep(0.4))
     results = train(tmp_path / "run", **small("data.val_size=200", "trainer.val_check_interval=1"))
     assert results["fit_seconds"] > 6 * 0.4  # three validations in each of two epochs
-    assert max(results["epoch_seconds"]) < 3 * 0.4
+    assert sum(results["epoch_seconds"]) <= results["fit_seconds"] - 6 * 0.4
 
 
 def test_callbacks_of_the_users_own_come_beside_those_of_the_run(tmp_path: Path) -> None:

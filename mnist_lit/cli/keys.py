@@ -19,7 +19,7 @@ MAY_CHANGE = (
 # Null stands for the length of the whole run, which then cannot change: ``schedulers.LENGTHS``, whose module needs torch.
 AS_LONG_AS_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
 # Sections whose keys are the arguments of one class: naming another on the command line drops those of the file.
-OF_ONE_CLASS = ("data", "augment", "model", "optimizer", "scheduler")
+OF_ONE_CLASS = ("data", "augment", "model", "loss", "optimizer", "scheduler")
 # What ``data.dir`` is in the files of conf/data/, where nobody has chosen.
 DATA_DIR = "data"
 # The classes of sections that need not name one: those of older runs.

@@ -78,6 +78,7 @@ class Train(Verb, total=False):
     checkpoint: Checkpoint
     scheduler: dict[str, Any] | None
     augment: dict[str, Any] | None
+    loss: dict[str, Any] | None
     metrics: dict[str, Any] | None
     callbacks: dict[str, Any] | None
     logger: dict[str, Any] | None

@@ -6,7 +6,7 @@ from typing import Any
 from mnist_lit import UserError
 from mnist_lit.storage.tables import one_line
 
-# The modules whose public classes any file may name. Importing them does nothing else.
+# The classes, and modules of classes, that any file may name. Importing them does nothing else.
 KNOWN = (
     "mnist_lit.network",
     "mnist_lit.other_networks",
@@ -17,6 +17,7 @@ KNOWN = (
     "mnist_lit.training.augment",
     "mnist_lit.training.callbacks",
     "kornia.augmentation",
+    "torch.nn.CrossEntropyLoss",
     "torch.optim",
     "torch.optim.lr_scheduler",
     "torchmetrics.classification",
@@ -55,7 +56,7 @@ def require_trusted(values: Any, where: object, trust: Iterable[str], chosen: It
         if not is_name:
             raise UserError(f"{where}: _target_={one_line(target)} is not the dotted name of a class")
         is_trusted = any(f"{target}.".startswith(f"{each}.") for each in trust)
-        if not (is_trusted or target in chosen or target.rpartition(".")[0] in KNOWN):
+        if not (is_trusted or target in chosen or {target, target.rpartition(".")[0]} & {*KNOWN}):
             package = target.partition(".")[0]
             raise UserError(
                 f"{where} names {target}, which is not a class of this project, so it was not imported: "

@@ -34,6 +34,7 @@ from mnist_lit.training.progress import ProgressBar
 __all__ = [
     "build_augmentation",
     "build_callbacks",
+    "build_loss",
     "build_metrics",
     "build_trainer",
     "checkpoints",
@@ -144,6 +145,11 @@ def build_augmentation(config: dict[str, Any] | None) -> nn.Module | None:
         if getattr(error.__cause__, "name", "") != "kornia":
             raise
         raise UserError("augment needs a package that is not installed: pip install kornia") from error
+
+
+def build_loss(config: dict[str, Any] | None) -> nn.Module | None:
+    """What the section ``loss`` says, with its class and arguments; null is none."""
+    return instantiate("loss", config, nn.Module) if config else None
 
 
 def checkpoints(folder: Path, arguments: dict[str, Any], trainer: dict[str, Any]) -> Checkpoints:
