@@ -46,7 +46,7 @@ print(json.dumps({
     "slow": slow_history[-1]["val"]["acc"],
     "adam": changed_history[-1]["val"]["acc"],
     "confusion": [confusion.sum().item(), confusion.diag().sum().item() / len(data.test_labels)],
-    "drawn": [int(number) for _, number in answers][1],
+    "drawn": [int(number) for _, number in answers][2],
 }))
 """
 
