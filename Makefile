@@ -22,7 +22,7 @@ ARGS ?=
 # Where the full MNIST is or goes, for demo, results, bench, fidelity and recipes.
 DATA ?= data
 
-.PHONY: help base setup train demo test test-all check docs results peers bench fidelity recipes soak soak-server sanitize lock
+.PHONY: help base setup train demo test test-all check docs results peers bench fidelity recipes soak soak-server fuzz sanitize lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -95,6 +95,9 @@ soak: setup  ## kill runs and a sweep at random moments and go on with them: the
 
 soak-server: setup  ## attack the server with 10,000 requests of many kinds: are good ones always answered? (minutes)
 	$(RUN) -W ignore tests/soak_server.py $(ARGS)
+
+fuzz: setup  ## damage 2,000 files of each kind that a stranger may send: is each refused, or read right? (an hour)
+	for kind in checkpoint keras keras_h5 idx picture; do echo $$kind; $(RUN) tests/fuzz.py $$kind 2000 $(ARGS) || exit 1; done
 
 sanitize: base  ## run the C under the address, undefined-behaviour and thread sanitizers (gcc or clang; two minutes)
 	$(RUN) tests/sanitize.py $(ARGS)

@@ -44,17 +44,22 @@ all of these seconds, and this project cannot leave it out; `--help`, a mistyped
 it, not even torch. Garbage collection is off meanwhile, which saves a sixth."""
 
 
-def profile(network: Any, data: str) -> tuple[float, list[tuple[str, float]]]:
-    """Milliseconds of a step, and of each operator that takes at least a hundredth of it."""
+def profile(network: Any, data: str, size: int = 500, optimizer: Any = None) -> tuple[float, list[tuple[str, float]]]:
+    """Milliseconds of a step, and of each operator that takes at least a hundredth of it.
+
+    Args:
+        size: Images in a batch.
+        optimizer: None for the tutorial's.
+    """
     import torch
     from contenders import pixels
     from torch.profiler import ProfilerActivity
 
     images, labels = (torch.tensor(array) for array in pixels(data))
-    optimizer = torch.optim.Adadelta(network.parameters(), lr=1.0, rho=0.95, eps=1e-7)
+    optimizer = optimizer or torch.optim.Adadelta(network.parameters(), lr=1.0, rho=0.95, eps=1e-7)
 
     def step(i: int) -> None:
-        batch = slice(i * 500, (i + 1) * 500)
+        batch = slice(i * size, (i + 1) * size)
         loss = torch.nn.functional.cross_entropy(network(images[batch].unsqueeze(1).float().div(255)), labels[batch])
         optimizer.zero_grad()
         loss.backward()
