@@ -178,10 +178,10 @@ def save_keras(keras_model: Any, path: Path, name: str) -> None:
 
 
 def load_checkpoint(path: Path, trust: Iterable[str] = ()) -> Any:
-    from mnist_lit.inference.trained import load_classifier
+    from mnist_lit.model import MNISTClassifier
     from mnist_lit.network import TutorialCNN
 
-    classifier = load_classifier(path, trust)
+    classifier = MNISTClassifier.load_from_checkpoint(path, trust=trust)
     if type(classifier.network) is not TutorialCNN:
         raise UserError(f"{path}: holds a {type(classifier.network).__name__}; only a TutorialCNN can be converted")
     return classifier

@@ -29,7 +29,7 @@ SAMPLE_WARNING = """\
 
 
 class MNISTDataModule(L.LightningDataModule):
-    """MNIST held in memory, that of the trainer's device; a batch is a single index operation and ToTensor's scaling.
+    """MNIST held in the memory of the trainer's device; a batch is a single index operation and ToTensor's scaling.
 
     A batch is a pair: images float32 [B, 1, 28, 28] in [0, 1], labels int64 [B].
 
@@ -138,7 +138,7 @@ class PixelDataset(Dataset[tuple[Tensor, Tensor]]):
 
 def scale(pixels: Tensor) -> Tensor:
     """uint8 [..., 28, 28] to float32 [..., 1, 28, 28] in [0, 1], bit-for-bit equal to ToTensor."""
-    # Not by the number 255: CUDA would multiply by its reciprocal, which rounds otherwise in one pixel of six.
+    # Not by the plain number 255: CUDA would multiply by its reciprocal, which rounds otherwise in one pixel of six.
     return pixels.unsqueeze(-3).to(torch.float32) / torch.full((), 255.0, device=pixels.device)
 
 

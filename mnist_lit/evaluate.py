@@ -52,13 +52,14 @@ def evaluate(
         import lightning as L
 
         from mnist_lit.build import instantiate
-        from mnist_lit.inference.trained import load_classifier
         from mnist_lit.metrics import StageMetrics
+        from mnist_lit.model import MNISTClassifier
         from mnist_lit.reports.report import write_report
         from mnist_lit.reports.scores import PredictionCollector, scores
         from mnist_lit.training import harness
 
-    classifier, temperature = load_classifier(path, trust), read_checkpoint(path).get("temperature")
+    classifier = MNISTClassifier.load_from_checkpoint(path, trust=trust)
+    temperature = read_checkpoint(path).get("temperature")
     classifier.metrics["test_metrics"] = StageMetrics(harness.build_metrics(metrics))
     datamodule, predictions = instantiate("data", data, L.LightningDataModule), PredictionCollector()
     lightning_trainer = harness.build_trainer(folder, trainer, None, [predictions], datamodule)

@@ -75,4 +75,7 @@ class MNISTLikeDataModule(MNISTDataModule):
             yield
         except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
             where = self.dir / self.dataset
-            raise UserError(f"{where} has no data set that torchvision can read ({one_line(error)})") from error
+            raise UserError(
+                f"{where} has no data set that torchvision can read ({one_line(error)}); data.dir= is the folder that "
+                f"{self.dataset}/raw/ with its files is in"
+            ) from error

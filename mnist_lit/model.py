@@ -61,7 +61,7 @@ class MNISTClassifier(L.LightningModule):
         super().__init__()
         model = with_current_names(TUTORIAL_MODEL if model is None else model)
         optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
-        compiles = model.pop("compile", False)  # how it runs, and nothing that a checkpoint has to say
+        compiles = model.pop("compile", False)  # how it runs, which is not for checkpoints to say
         self.save_hyperparameters(ignore=("augment", "loss", "metrics"))
         self.network = build("model", model, nn.Module)
         if compiles:
@@ -90,6 +90,10 @@ class MNISTClassifier(L.LightningModule):
                 its weights do not fit the network.
         """
         checkpoint = read_checkpoint(Path(checkpoint_path))
+        weights = checkpoint[
+            "state_dict"
+        ].items()  # without what only training needs, and the checkpoint does not describe
+        checkpoint["state_dict"] = {key: value for key, value in weights if not key.startswith(("augment.", "loss."))}
         sections = hyper_parameters(checkpoint, Path(checkpoint_path), trust, **sections)
         model = with_current_names(sections["model"])
         require_fitting_weights({key: model[key] for key in model if key != "compile"}, network_weights(checkpoint))
@@ -118,7 +122,7 @@ class MNISTClassifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         if self.augment:
-            with torch.autocast(self.device.type, enabled=False):  # it would round the pixels' places
+            with torch.autocast(self.device.type, enabled=False):  # it would round the sampling coordinates
                 batch = (self.augment(batch[0]), batch[1])
         return self._step("train", batch)[0]
 

@@ -75,8 +75,8 @@ def train(
     if float32_matmul_precision:
         torch.set_float32_matmul_precision(float32_matmul_precision)
     L.seed_everything(seed, verbose=False)
-    training = {"augment": harness.build_augmentation(augment), "loss": harness.build_loss(loss)}
-    classifier = MNISTClassifier(model, optimizer, scheduler, **training, metrics=harness.build_metrics(metrics))
+    parts = harness.build_augmentation(augment), harness.build_loss(loss), harness.build_metrics(metrics)
+    classifier = MNISTClassifier(model, optimizer, scheduler, *parts)
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
     checkpoints = harness.checkpoints(folder, checkpoint or {}, trainer)
     recorder, predictions = RunRecorder(folder), PredictionCollector()

@@ -157,7 +157,7 @@ def checkpoint(folder: Path) -> Reader:
 
     from mnist_lit import UserError
     from mnist_lit.convert import save_checkpoint
-    from mnist_lit.inference.trained import load, load_classifier
+    from mnist_lit.inference.trained import load
     from mnist_lit.model import MNISTClassifier
 
     pydantic.TypeAdapter(float)  # imports what some of the refusals need
@@ -243,7 +243,7 @@ def checkpoint(folder: Path) -> Reader:
         return f"{name}: {what}", archive_of([*entries.items()])
 
     def read(path: Path) -> Any:
-        model, classifier = load(path), load_classifier(path)
+        model, classifier = load(path), MNISTClassifier.load_from_checkpoint(path)
         return [model.network.state_dict(), classifier.network.state_dict()]
 
     changes = [*ZIP_CHANGES, odd, odd, odd, odd, pickled, flip_inside]

@@ -10,7 +10,7 @@ from helpers import results
 from mnist_lit import UserError, load
 from mnist_lit.cli.config import settings
 from mnist_lit.evaluate import evaluate
-from mnist_lit.inference.trained import load_classifier
+from mnist_lit.model import MNISTClassifier
 from mnist_lit.train import train
 from mnist_lit.training.calibration import BestTemperature
 
@@ -28,7 +28,10 @@ def test_the_temperature_of_logits_is_found(temperature: float) -> None:
 
 def test_a_validated_run_predicts_at_the_temperature_of_its_validation(validated_run: Path) -> None:
     found = results(validated_run)
-    model, classifier = load(validated_run), load_classifier(validated_run / "checkpoints/best.ckpt").eval()
+    model, classifier = (
+        load(validated_run),
+        MNISTClassifier.load_from_checkpoint(validated_run / "checkpoints/best.ckpt").eval(),
+    )
     assert model.temperature == pytest.approx(found["val/temperature"]) != 1
     images = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

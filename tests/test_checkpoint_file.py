@@ -17,7 +17,6 @@ from helpers import ROOT, assert_same, small
 from mnist_lit import UserError
 from mnist_lit.cli.resume import find
 from mnist_lit.inference import trained
-from mnist_lit.inference.trained import load_classifier
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.network import TutorialCNN
 from mnist_lit.storage import runs
@@ -138,7 +137,7 @@ def test_08_what_is_no_checkpoint_gets_one_line(tmp_path: Path) -> None:
         "weights": "has no hyper_parameters",
     }.items():
         with pytest.raises(UserError, match=reason) as refused:
-            load_classifier(tmp_path / name)
+            MNISTClassifier.load_from_checkpoint(tmp_path / name)
         assert "\n" not in str(refused.value)
 
 
@@ -154,11 +153,11 @@ def test_09_nothing_in_a_checkpoint_is_executed(run: Path, tmp_path: Path) -> No
     content = torch.load(run / runs.LAST, weights_only=True)
     torch.save({**content, "extra": Payload(tmp_path / "executed")}, tmp_path / "pickle.ckpt")
     with pytest.raises(UserError, match="nothing was loaded"):
-        load_classifier(tmp_path / "pickle.ckpt")
+        MNISTClassifier.load_from_checkpoint(tmp_path / "pickle.ckpt")
     content["hyper_parameters"]["_instantiator"] = "os.abort"
     torch.save(content, tmp_path / "instantiator.ckpt")
     with pytest.raises(UserError, match="nothing was called"):
-        load_classifier(tmp_path / "instantiator.ckpt")
+        MNISTClassifier.load_from_checkpoint(tmp_path / "instantiator.ckpt")
     assert not (tmp_path / "executed").exists()
 
 
@@ -168,15 +167,14 @@ def test_10_weights_of_another_architecture_are_refused_with_the_difference(run:
     weights["network.dense2.weight"] = torch.zeros(10, 128)
     weights["network.dense3.bias"] = weights.pop("network.dense1.bias")
     torch.save(content, tmp_path / "other.ckpt")
-    for load in (load_classifier, MNISTClassifier.load_from_checkpoint):
-        with pytest.raises(UserError) as refused:
-            load(tmp_path / "other.ckpt")
-        for part in (
-            "missing network.dense1.bias",
-            "network.dense2.weight (10, 128) instead of (10, 250)",
-            "unexpected network.dense3.bias",
-        ):
-            assert part in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        MNISTClassifier.load_from_checkpoint(tmp_path / "other.ckpt")
+    for part in (
+        "missing network.dense1.bias",
+        "network.dense2.weight (10, 128) instead of (10, 250)",
+        "unexpected network.dense3.bias",
+    ):
+        assert part in str(refused.value)
 
 
 def test_a_checkpoint_of_an_older_version_loads_with_the_same_outputs(run: Path, tmp_path: Path, sample: Any) -> None:
@@ -190,9 +188,7 @@ def test_a_checkpoint_of_an_older_version_loads_with_the_same_outputs(run: Path,
     torch.save(content, tmp_path / "older.ckpt")
 
     images = next(iter(sample.test_dataloader()))[0]
-    loaded: list[Any] = [
-        load(tmp_path / "older.ckpt") for load in (trained.load, load_classifier, MNISTClassifier.load_from_checkpoint)
-    ]
+    loaded: list[Any] = [load(tmp_path / "older.ckpt") for load in (trained.load, MNISTClassifier.load_from_checkpoint)]
     with torch.no_grad():
         expected = trained.load(run / runs.LAST)(images)
         for each in loaded:
@@ -216,4 +212,4 @@ def test_11_a_checkpoint_made_on_a_gpu_loads_on_a_cpu(run: Path, tmp_path: Path)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA"):
             torch.load(path, weights_only=True)
-    assert next(load_classifier(path).parameters()).device.type == "cpu"
+    assert next(MNISTClassifier.load_from_checkpoint(path).parameters()).device.type == "cpu"

@@ -49,6 +49,15 @@ REFUSALS = [
     ("optimizer=sgd,adam optimizer.lrr=1", "optimizer=sgd,adam: several values are a sweep, which needs -m"),
     ("scheduler.max_lr=1", "unknown key scheduler.max_lr: scheduler is null; choose one first, scheduler=NAME"),
     ("callbacks.ema.decay=1", "unknown key callbacks.ema.decay: callbacks is null; choose one first, callbacks=NAME"),
+    (
+        "checkpoint.monitor=val/loss",
+        "checkpoint.mode=max: with checkpoint.monitor=val/loss the worst epoch would count",
+    ),
+    (
+        "callbacks=early_stopping callbacks.early_stopping.monitor=val/loss",
+        "callbacks.early_stopping.mode=max: with callbacks.early_stopping.monitor=val/loss the worst epoch would count",
+    ),
+    ("scheduler=plateau scheduler.monitor=val/acc", "scheduler.mode=min: with scheduler.monitor=val/acc the worst"),
     ("resume.x=1", "unknown key resume.x (--help shows them all"),
     ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0: must be greater than or equal to 1"),
     ("trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch=0: must be greater than or equal to 1"),

@@ -199,6 +199,22 @@ def test_a_loss_of_the_group_is_what_training_minimizes_and_resumes_exactly(name
     assert found["train/loss"] != train(tmp_path / "plain", **small("model=mlp", "data.val_size=100"))["train/loss"]
 
 
+class WeightedLoss(torch.nn.CrossEntropyLoss):
+    """With a buffer, which checkpoints have."""
+
+    def __init__(self, weights: list[float]) -> None:
+        super().__init__(torch.tensor(weights))
+
+
+def test_a_network_trained_with_a_loss_that_has_buffers_resumes_and_is_loaded(tmp_path: Path) -> None:
+    loss = {"_target_": f"{__name__}.WeightedLoss", "weights": [1.0] * 5 + [2.0] * 5}
+    train(tmp_path, **{**small("model=mlp"), "loss": loss})
+    assert "loss.weight" in torch.load(tmp_path / runs.LAST, weights_only=True)["state_dict"]
+    weights = MNISTClassifier.load_from_checkpoint(tmp_path / runs.LAST).network.state_dict()
+    assert_same(weights, load(tmp_path).network.state_dict())
+    assert evaluate(tmp_path / "tested", **settings("evaluate", f"ckpt={tmp_path}", "trainer.accelerator=cpu"))
+
+
 def test_only_training_images_are_augmented(tmp_path: Path) -> None:
     values = small("model=mlp", "augment=shift", "augment.translate=[1.0,1.0]", "trainer.max_epochs=1")
     shifted = train(tmp_path / "shifted", **values)
@@ -277,12 +293,12 @@ def test_the_best_epoch_by_what_a_callback_logs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_the_best_epoch_is_that_of_the_metric_that_is_monitored(mode: str, tmp_path: Path) -> None:
-    wild = ["model=mlp", "optimizer=sgd", "optimizer.lr=20", "data.val_size=100", "trainer.max_epochs=4"]
-    found = train(tmp_path, **small(*wild, "checkpoint.monitor=val/loss", f"checkpoint.mode={mode}"))
-    losses = [row["val/loss"] for row in validations(tmp_path)]
-    assert found["val/loss"] == {"max": max, "min": min}[mode](losses)
-    assert found["tested_weights"] == f"best (epoch {losses.index(found['val/loss']) + 1})"
-    assert losses.index(min(losses)) != losses.index(max(losses))
+    wild = ["model=mlp", "optimizer=sgd", "optimizer.lr=20", "data.val_size=100", "trainer.max_epochs=4", "metrics=f1"]
+    found = train(tmp_path, **small(*wild, "checkpoint.monitor=val/f1", f"checkpoint.mode={mode}"))
+    scores = [row["val/f1"] for row in validations(tmp_path)]
+    assert found["val/f1"] == {"max": max, "min": min}[mode](scores)
+    assert found["tested_weights"] == f"best (epoch {scores.index(found['val/f1']) + 1})"
+    assert scores.index(min(scores)) != scores.index(max(scores))
 
 
 def test_more_processes_than_cores_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

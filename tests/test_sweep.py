@@ -155,6 +155,17 @@ def test_the_summary_ranks_by_validation_with_mean_and_deviation_over_the_seeds(
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_summary_ranks_by_what_the_jobs_monitor(tmp_path: Path) -> None:
+    monitored = ["checkpoint.monitor=val/loss", "checkpoint.mode=min", "data.val_size=100"]
+    for job, loss in zip(planned(tmp_path, "optimizer.lr=0.3,1.0,3.0", *monitored), (0.2, 0.1, None), strict=True):
+        if loss:
+            results(job, val_loss=loss, val_acc=0.9 + loss, test_acc=0.9)
+    groups, criterion = best_first(read_jobs(tmp_path))
+    assert criterion == "val/loss"
+    assert [group.title for group in groups] == [f"optimizer.lr={lr}" for lr in ("1.0", "0.3", "3.0")]
+    assert "best first, by val/loss" in table(groups, criterion)
+
+
 def test_seeds_that_were_added_later_are_of_the_same_group(tmp_path: Path) -> None:
     for job in planned(tmp_path, "optimizer.lr=0.3,1.0", "seed=0", "data.val_size=100", "data.dir=a"):
         results(job, val_acc=0.9, test_acc=0.9)

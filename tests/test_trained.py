@@ -14,7 +14,8 @@ from helpers import ROOT, assert_same
 from mnist_lit import UserError
 from mnist_lit.cli.latest import resolve
 from mnist_lit.cli.resume import find as find_run
-from mnist_lit.inference.trained import find, load, load_classifier
+from mnist_lit.inference.trained import find, load
+from mnist_lit.model import MNISTClassifier
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import why_not_to_test
 
@@ -67,7 +68,7 @@ def test_the_network_alone_predicts_as_the_classifier_does(finished_run: Path, s
     images, _ = next(iter(sample.test_dataloader()))
     model = load(finished_run)
     with torch.no_grad():
-        expected = load_classifier(finished_run / runs.LAST).eval()(images)
+        expected = MNISTClassifier.load_from_checkpoint(finished_run / runs.LAST).eval()(images)
         assert_same(model(images), expected)
     assert model.trained_on[0]["name"] == "mnist-sample"
     assert not any(parameter.requires_grad for parameter in model.parameters())

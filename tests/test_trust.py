@@ -23,7 +23,7 @@ from mnist_lit import UserError
 from mnist_lit.convert import convert
 from mnist_lit.evaluate import evaluate
 from mnist_lit.export import export
-from mnist_lit.inference.trained import load, load_classifier
+from mnist_lit.inference.trained import load
 from mnist_lit.model import TUTORIAL_MODEL, TUTORIAL_OPTIMIZER, MNISTClassifier
 from mnist_lit.network import TutorialCNN
 from mnist_lit.predict import predict
@@ -69,7 +69,6 @@ def with_model(**model: Any) -> dict[str, Any]:
 
 LOADERS: dict[str, Callable[..., Any]] = {
     "load": load,
-    "load_classifier": load_classifier,
     "load_from_checkpoint": MNISTClassifier.load_from_checkpoint,
     "evaluate": lambda ckpt, **trust: evaluate("evaluated", ckpt, {}, {}, **trust),
     "predict": lambda ckpt, **trust: predict(ckpt, ckpt, **trust),
@@ -102,7 +101,7 @@ def test_34_a_checkpoint_does_not_decide_what_is_imported(name: str, own_package
 )
 def test_34_wherever_in_it_the_name_is(sections: dict[str, Any], own_package: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "strange.ckpt", contents(hyper_parameters=sections))
-    for loader in (load, load_classifier):
+    for loader in (load, MNISTClassifier.load_from_checkpoint):
         with pytest.raises(UserError, match=r"add trust=|is not the dotted name") as refused:
             loader(path, trust=["strang"])  # the beginning of its name is not its name
         assert "\n" not in str(refused.value)
@@ -117,7 +116,7 @@ def test_34_a_trusted_package_is_imported(own_package: str, tmp_path: Path) -> N
         load(path, trust=["strange"]),
         load(path, trust="strange"),
         load(path, trust=["strange.Net"]),
-        load_classifier(path, trust=["strange"]),
+        MNISTClassifier.load_from_checkpoint(path, trust=["strange"]),
         MNISTClassifier.load_from_checkpoint(path, model=chosen),  # the caller's own word
     ):
         assert type(loaded.network).__name__ == "Net"
@@ -166,7 +165,7 @@ def test_35_a_small_file_does_not_take_much_memory(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))
     try:
         for reason, path in files.items():
-            for loader in (load, load_classifier):
+            for loader in (load, MNISTClassifier.load_from_checkpoint):
                 started = time.monotonic()
                 with pytest.raises(UserError, match=reason):
                     loader(path, trust=["torch"])
@@ -222,7 +221,7 @@ def test_36_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_pa
     content = contents()
     content["state_dict"]["network.dense1.weight"][3, 5] = value
     path = saved(tmp_path / "nan.ckpt", content)
-    for loader in (load, load_classifier):
+    for loader in (load, MNISTClassifier.load_from_checkpoint):
         with pytest.raises(UserError, match=r"NaN or infinite values in network\.dense1\.weight"):
             loader(path)
 
@@ -278,7 +277,7 @@ ODD: dict[str, Any] = {
 @pytest.mark.parametrize("name", ODD)
 def test_38_odd_content_gets_one_sentence(name: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "odd.ckpt", ODD[name])
-    for loader in (load, load_classifier):
+    for loader in (load, MNISTClassifier.load_from_checkpoint):
         with pytest.raises(UserError) as refused:
             loader(path)
         assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
@@ -382,6 +381,6 @@ def test_38_a_run_with_an_odd_configuration_is_refused(text: str, tmp_path: Path
 
 def test_what_a_run_writes_can_be_read_back(finished_run: Path) -> None:
     expected = torch.load(finished_run / runs.LAST, weights_only=True)["state_dict"]
-    assert_same(load_classifier(finished_run / runs.LAST).state_dict(), expected)
+    assert_same(MNISTClassifier.load_from_checkpoint(finished_run / runs.LAST).state_dict(), expected)
     assert isinstance(load(finished_run).network, nn.Module)
     assert small()["model"] == {**load(finished_run).description, "compile": False}

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import UserError
-from mnist_lit.cli import resume
-from mnist_lit.cli.keys import CLASSES
 from mnist_lit.storage import runs
+from mnist_lit.storage.run_config import CLASSES, read_config
 from mnist_lit.storage.trust import require_trusted
 
 log = logging.getLogger(__name__)
@@ -57,6 +56,6 @@ def config_of_run(checkpoint: Path) -> dict[str, Any]:
     """The configuration of the run whose folder ``checkpoint`` is in; empty if there is none, or it cannot be read."""
     path = checkpoint.absolute().parent.parent / "config.yaml"
     try:
-        return resume.read_config(path) if path.is_file() else {}
+        return read_config(path) if path.is_file() else {}
     except UserError:  # the checkpoint says all that is needed of the network
         return {}

@@ -22,8 +22,6 @@ AS_LONG_AS_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.tot
 OF_ONE_CLASS = ("data", "augment", "model", "loss", "optimizer", "scheduler")
 # What ``data.dir`` is in the files of conf/data/, where nobody has chosen.
 DATA_DIR = "data"
-# The classes of sections that need not name one: those of older runs.
-CLASSES = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Trainer"}
 
 
 def is_one_of(key: str, keys: Iterable[str]) -> bool:

@@ -8,23 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten
-from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, CLASSES, MAY_CHANGE, is_one_of
+from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, MAY_CHANGE, is_one_of
 from mnist_lit.reports.results import LIMITS, limited_by
 from mnist_lit.storage import runs
-from mnist_lit.storage.checkpoint_file import corruption, with_current_names
-from mnist_lit.storage.tables import one_line
-
-SECTIONS = ("data", "model", "optimizer", "trainer")  # what a run's ``config.yaml`` has at least
-# Bounds of a ``config.yaml``; a run of the tutorial has 1.5 kB with 70 values, none nested deeper than twice.
-MAX_BYTES = 2**20
-MAX_VALUES = 10_000
-MAX_LENGTH = 3_000  # of a value: Python prints no integer of 4,300 digits, and never ends reading one of a million
-MAX_DEPTH = 10
-LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
+from mnist_lit.storage.checkpoint_file import corruption
+from mnist_lit.storage.run_config import read_config
 
 
 @dataclass(frozen=True)
@@ -95,39 +85,6 @@ def _amount(limit: Any) -> float:
         days, hours, minutes, seconds = map(int, limit.split(":"))
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     return limit if isinstance(limit, int) else math.nan
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of a run's ``config.yaml``, which may be a stranger's, with today's keys.
-
-    Raises:
-        UserError: It is not the configuration of a run.
-    """
-    try:
-        text = runs.read_text(path, MAX_BYTES)
-        _require_plain(text)
-        config: dict[str, Any] = yaml.load(text, LOADER)
-        if not (isinstance(config, dict) and all(isinstance(config.get(each), dict) for each in SECTIONS)):
-            raise ValueError(f"it lacks one of the sections {', '.join(SECTIONS)}")
-    except Exception as error:  # PyYAML raises anything for such as ``!!bool x``
-        raise UserError(f"{path} is not the configuration of a run ({one_line(error)})") from error
-    config |= {section: with_current_names(config[section]) for section in ("model", "optimizer")}
-    return config | {section: {"_target_": target, **config[section]} for section, target in CLASSES.items()}
-
-
-def _require_plain(text: str) -> None:
-    """
-    Raises:
-        ValueError: What the YAML text stands for is larger than a configuration.
-    """
-    depth = values = 0
-    for event in yaml.parse(text, LOADER):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        values += isinstance(event, yaml.ScalarEvent)
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it has aliases")  # noqa: TRY004  # a few of which stand for any number of values
-        if depth > MAX_DEPTH or values > MAX_VALUES or len(getattr(event, "value", "")) > MAX_LENGTH:
-            raise ValueError("it is nested too deeply, or has too many or too long values")
 
 
 def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic wants this one below Python 
 from mnist_lit import UserError
 from mnist_lit.build import must_be
 from mnist_lit.cli.errors import suggestion
-from mnist_lit.cli.keys import CLASSES
+from mnist_lit.storage.run_config import CLASSES
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
@@ -155,6 +155,10 @@ VERBS: dict[str, Any] = {
 }
 
 
+# The mode with which the worst value of a metric would count as its best.
+WRONG_MODES = {"loss": "max", "acc": "min"}
+
+
 @cache
 def _adapter(verb: str) -> TypeAdapter[Any]:
     return TypeAdapter(VERBS[verb])
@@ -178,3 +182,21 @@ def check(verb: str, values: Mapping[str, Any]) -> None:
             key = str(first["loc"][0])
             raise UserError(f"unknown key {key}{suggestion(key, names)}") from error
         raise UserError(f"{key}={first['input']}: {must_be(error)}") from error
+    _require_right_modes("", values)
+
+
+def _require_right_modes(prefix: str, values: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: A section, such as ``checkpoint`` or that of a callback, takes the worst of what it monitors for the best.
+    """
+    metric, mode = str(values.get("monitor")), values.get("mode")
+    if mode and WRONG_MODES.get(metric.rpartition("/")[2]) == mode:
+        right = "min" if mode == "max" else "max"
+        raise UserError(
+            f"{prefix}mode={mode}: with {prefix}monitor={metric} the worst epoch would count as the best; set "
+            f"{prefix}mode={right}"
+        )
+    for key, section in values.items():
+        if isinstance(section, dict):
+            _require_right_modes(f"{prefix}{key}.", section)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from mnist_lit.storage.checkpoint_file import (
 )
 from mnist_lit.storage.provenance import MNIST_NAME, SAMPLE_NAME, UNKNOWN_DATA, trained_on
 from mnist_lit.storage.tables import one_line
-
-if TYPE_CHECKING:
-    from mnist_lit.model import MNISTClassifier
 
 
 class TrainedModel(nn.Module):
@@ -106,13 +103,6 @@ def load_for_pictures(ckpt: str | Path, trust: Iterable[str] = ()) -> TrainedMod
     if classes != 10:
         raise UserError(f"{model.path} is a model for data of another kind ({classes} classes instead of ten)")
     return model
-
-
-def load_classifier(path: str | Path, trust: Iterable[str] = ()) -> "MNISTClassifier":
-    """``MNISTClassifier.load_from_checkpoint``, for code that should not import Lightning earlier."""
-    from mnist_lit.model import MNISTClassifier
-
-    return MNISTClassifier.load_from_checkpoint(path, trust=trust)
 
 
 def find(ckpt: str | Path) -> Path:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import UserError
-from mnist_lit.cli import resume
 from mnist_lit.cli.config import CONF, ConfigFiles, flatten, plain_values
 from mnist_lit.cli.keys import MAY_CHANGE, OF_ONE_CLASS, is_one_of
 from mnist_lit.reports.results import limited_by
-from mnist_lit.storage import runs
+from mnist_lit.storage import run_config, runs
 from mnist_lit.storage.tables import one_line, short
 from mnist_lit.sweeps.jobs import FILE as JOB
 from mnist_lit.sweeps.summary import METRICS
@@ -93,7 +92,7 @@ def read(folder: Path, base: Path) -> Record:
 def _read(folder: Path, base: Path) -> Record:
     job, results = _read_json(folder / JOB), _read_json(folder / "metrics.json")
     if (folder / "config.yaml").exists() or not job:
-        config = flatten(resume.read_config(folder / "config.yaml"))
+        config = flatten(run_config.read_config(folder / "config.yaml"))
     else:  # a job that has not begun
         config = job["config"] if isinstance(job.get("config"), dict) else {}
     chosen, changes = _compared_with_defaults(config)
@@ -159,7 +158,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("it is not an object")  # noqa: TRY004  # for the line below
         inside: list[Any] = [content]
-        for _ in range(resume.MAX_DEPTH):
+        for _ in range(run_config.MAX_DEPTH):
             lists = [
                 each.values() if isinstance(each, dict) else each for each in inside if isinstance(each, (dict, list))
             ]

@@ -46,21 +46,22 @@ def summarize(folder: Path) -> None:
     Raises:
         UserError: A file cannot be written; an existing one is left as it was.
     """
-    groups, ranked = best_first(read_jobs(folder))
+    groups, criterion = best_first(read_jobs(folder))
     shown = runs.display_path(folder.absolute())
-    log.info("\n%s\n\nthe sweep is in %s: summary.csv, summary.png", table(groups, ranked), shown)
+    log.info("\n%s\n\nthe sweep is in %s: summary.csv, summary.png", table(groups, criterion), shown)
     with only_showing("summary.csv", folder, "*/metrics.json"):
-        atomic_write(folder / "summary.csv", _csv(groups, ranked))
+        atomic_write(folder / "summary.csv", _csv(groups, bool(criterion)))
     if any(job.results for group in groups for job in group.jobs):
         with only_showing("summary.png", folder, "summary.csv"):
             _plot(groups, folder / "summary.png")
 
 
-def best_first(jobs: list[Job]) -> tuple[list[Group], bool]:
-    """Group the jobs by their configuration without the seed, and sort the groups by mean validation accuracy.
+def best_first(jobs: list[Job]) -> tuple[list[Group], str]:
+    """Group the jobs by their configuration without the seed, and sort the groups by the mean of what the jobs monitor.
 
     Returns:
-        The groups, and whether they are sorted: every finished job needs a validation accuracy.
+        The groups, and the metric by which they are sorted: ``checkpoint.monitor`` if it is the same for all, else
+        ``val/acc``; empty if a finished job lacks it.
     """
     swept = sorted({key for job in jobs for key in job.swept})
     free = ("seed", *MAY_CHANGE)
@@ -71,16 +72,20 @@ def best_first(jobs: list[Job]) -> tuple[list[Group], bool]:
         by_identity.setdefault(identity({**job.config, "seed": None}, swept), group).jobs.append(job)
     groups = list(by_identity.values())
     finished = [job.results for job in jobs if job.results]
-    ranked = bool(finished) and all(results.get("val/acc") is not None for results in finished)
-    if ranked:
-        groups.sort(key=lambda group: group.mean("val/acc") or 0.0, reverse=True)
-    return groups, ranked
+    monitored = {(str(job.config.get("checkpoint.monitor")), job.config.get("checkpoint.mode")) for job in jobs}
+    metric, mode = monitored.pop() if len(monitored) == 1 else ("val/acc", "max")
+    if not finished or any(results.get(metric) is None for results in finished):
+        return groups, ""
+    sign = 1 if mode == "min" else -1
+    groups.sort(key=lambda group: math.inf if (mean := group.mean(metric)) is None else sign * mean)
+    return groups, metric
 
 
-def table(groups: list[Group], ranked: bool) -> str:
+def table(groups: list[Group], criterion: str) -> str:
     """A line for each group, and one for each job that has not finished."""
     jobs = [job for group in groups for job in group.jobs]
-    metrics = [key for key in METRICS[:4] if any(group.values(key) for group in groups)]
+    shown = dict.fromkeys([*METRICS[:4], criterion])
+    metrics = [key for key in shown if any(group.values(key) for group in groups)]
     rows = [["", "jobs", *("validation acc" if key == "val/acc" else key.replace("/", " ") for key in metrics)]]
     for group in groups:
         finished = sum(bool(job.results) for job in group.jobs)
@@ -89,7 +94,8 @@ def table(groups: list[Group], ranked: bool) -> str:
     if len(jobs) > len(groups):
         lines.append("mean ± standard deviation over the seeds")
     if metrics:
-        lines.append("best first, by the accuracy on the validation images" if ranked else NOT_RANKED)
+        by = "the accuracy on the validation images" if criterion == "val/acc" else criterion
+        lines.append(f"best first, by {by}" if criterion else NOT_RANKED)
     keys = differing(jobs)
     for job in jobs:
         if job.status != "finished":
