@@ -10,6 +10,10 @@ from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
 from mnist_lit.storage.atomic import atomic_write
 
 FILE = "job.json"  # in a job's folder: its overrides and status
+BEFORE_MONITOR = {
+    "checkpoint.monitor": "val/acc",
+    "checkpoint.mode": "max",
+}  # what sweeps and studies from then optimize
 
 
 @dataclass

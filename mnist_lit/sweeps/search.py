@@ -38,12 +38,12 @@ from mnist_lit.cli.errors import suggestion
 from mnist_lit.storage import runs
 from mnist_lit.storage.tables import one_line, short
 from mnist_lit.sweeps.database import GRACE_PERIOD, LONGEST_ABSENCE, MAX_RETRIES, Database, without_password
+from mnist_lit.sweeps.jobs import BEFORE_MONITOR
 
 log = logging.getLogger("mnist_lit.tune")
 
 POLL_INTERVAL = 2.0  # seconds between checks for stale trials
 FIRST_FAILURES = 3  # if the first trials all fail, the parameters are not to blame
-BEFORE_MONITOR = {"checkpoint.monitor": "val/acc", "checkpoint.mode": "max"}  # what studies from then optimize
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that was asked to stop
 SUGGEST: dict[type[BaseDistribution], Callable[..., Any]] = {
     CategoricalDistribution: optuna.Trial.suggest_categorical,

@@ -12,7 +12,7 @@ from mnist_lit.reports.results import further_metrics, only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.tables import text_table, to_csv
-from mnist_lit.sweeps.jobs import Job, differing, identity, read_jobs, title
+from mnist_lit.sweeps.jobs import BEFORE_MONITOR, Job, differing, identity, read_jobs, title
 
 log = logging.getLogger("mnist_lit.sweeps.sweep")
 
@@ -72,8 +72,8 @@ def best_first(jobs: list[Job]) -> tuple[list[Group], str]:
         by_identity.setdefault(identity({**job.config, "seed": None}, swept), group).jobs.append(job)
     groups = list(by_identity.values())
     finished = [job.results for job in jobs if job.results]
-    monitored = {(str(job.config.get("checkpoint.monitor")), job.config.get("checkpoint.mode")) for job in jobs}
-    metric, mode = monitored.pop() if len(monitored) == 1 else ("val/acc", "max")
+    monitored = {tuple(str(job.config.get(key, value)) for key, value in BEFORE_MONITOR.items()) for job in jobs}
+    metric, mode = monitored.pop() if len(monitored) == 1 else BEFORE_MONITOR.values()
     if not finished or any(results.get(metric) is None for results in finished):
         return groups, ""
     sign = 1 if mode == "min" else -1
