@@ -26,7 +26,7 @@ GROUPS = [
 ]
 # Files outside of docs/ that pages link to, and the pages that show them.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
-PAGES |= dict.fromkeys(["conf", "conf/train.yaml", "conf/tune.yaml"], "configuration.md")
+PAGES |= dict.fromkeys(["conf", "conf/experiment", "conf/train.yaml", "conf/tune.yaml"], "configuration.md")
 PAGES |= {f"mnist_lit/{name}.py": f"source.md#{name}" for name in ("network", "data", "model", "train")}
 PAGES["examples/one_file.py"] = "source.md#on-one-page"
 

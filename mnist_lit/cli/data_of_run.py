@@ -18,14 +18,16 @@ def with_data_of_run(data: Mapping[str, Any], checkpoint: Path, trust: Iterable[
     """The section ``data``, completed by that of the run whose folder ``checkpoint`` is in.
 
     Without ``_target_`` it is the run's section, with the given keys changed; with the class of the run's, it only gets its
-    ``dir``. It stays as it is if the checkpoint is in no run's folder, or the run's data were of another class. A ``dir``
-    that is not there any more is not taken, and a line of the log says so.
+    ``dir``. It stays as it is, MNIST by default, if the checkpoint is in no run's folder, or the run's data were of another
+    class than the one that is given or that a ``source`` stands for. A ``dir`` that is not there any more is not taken, and
+    a line of the log says so.
 
     Raises:
         UserError: The class of the run's data is neither of this project nor trusted.
     """
     data, folder = dict(data), checkpoint.absolute().parent.parent
-    if not (own := config_of_run(checkpoint).get("data")):
+    own = config_of_run(checkpoint).get("data")
+    if not own or ("source" in data and own["_target_"] != CLASSES["data"]):  # only MNIST has sources
         return {"_target_": CLASSES["data"], **data}
     if "_target_" not in data:
         require_trusted(own, folder / "config.yaml", trust)
