@@ -76,16 +76,20 @@ def find_class(section: str, config: Mapping[str, Any], kind: type[T]) -> type[T
     """
     if not (target := config.get("_target_")):
         raise UserError(f"{section} has no _target_, so no class: choose a file of conf/ first, {section}=NAME")
-    module, _, name = str(target).rpartition(".")
-    if not all(map(str.isidentifier, str(target).split("."))) or not module:
+    if not all(map(str.isidentifier, names := str(target).split("."))) or len(names) == 1:
         raise UserError(f"{section}._target_={target}: no such class (it is to be MODULE.CLASS)")
-    try:
-        # With a colon it imports the module itself, and what is wrong inside is not taken for a missing one.
-        cls = pkgutil.resolve_name(f"{module}:{name}")
-    except (ImportError, AttributeError, ValueError) as error:
-        if _is_users_own(module, error):
-            raise
-        raise UserError(f"{section}._target_={target}: no such class ({error})") from error
+    for count in range(len(names) - 1, 0, -1):  # fewer names are the module's if the class is inside another class
+        module = ".".join(names[:count])
+        try:
+            # With a colon it imports the module itself, and what is wrong inside is not taken for a missing one.
+            cls = pkgutil.resolve_name(f"{module}:{'.'.join(names[count:])}")
+            break
+        except (ImportError, AttributeError, ValueError) as error:
+            if getattr(error, "name", None) == module and count > 1:
+                continue
+            if _is_users_own(module, error):
+                raise
+            raise UserError(f"{section}._target_={target}: no such class ({error})") from error
     if not (isinstance(cls, type) and issubclass(cls, kind)):
         raise UserError(f"{section}._target_={target}: not a subclass of {kind.__module__}.{kind.__qualname__}")
     return cls

@@ -154,6 +154,16 @@ def test_weights_of_unknown_origin_are_not_scored_on_the_sample(claims_full_data
         quiet_trainer().test(classifier, MNISTDataModule(source="sample"))
 
 
+class Outer:
+    class Net(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(784, 10)
+
+
+def test_a_class_can_be_inside_another_class() -> None:
+    assert type(MNISTClassifier({"_target_": f"{__name__}.Outer.Net"}).network) is Outer.Net
+
+
 @pytest.mark.parametrize(
     ("model", "optimizer", "sentence"),
     [
@@ -161,6 +171,7 @@ def test_weights_of_unknown_origin_are_not_scored_on_the_sample(claims_full_data
         ({"_target_": "no_such_module.Net"}, None, "no such class"),
         ({"_target_": "Net"}, None, "no such class"),
         ({"_target_": "..Net"}, None, "no such class"),
+        ({"_target_": "mnist_lit.network.TutorialCNN.Inner"}, None, "no such class"),
         ({"dropout": 0.5}, None, "model has no _target_, so no class"),
         ({"_target_": "pathlib.Path"}, None, "not a subclass of torch.nn.modules.module.Module"),
         ({**TUTORIAL_MODEL, "droput": 0.1}, None, "model: .*droput"),

@@ -53,9 +53,7 @@ SMALL_BYTES = 2**20
 SMALL_PIXELS = 1024 * 1024
 
 MAX_CONCURRENT = 64  # predictions in progress
-MAX_LARGE = (
-    4  # of them with a large image, or to be explained, so that all bodies take at most 60 x 1 + 4 x 16 = 124 MiB
-)
+MAX_LARGE = 4  # of them with a large image or an explanation: all bodies take at most 60 x 1 + 4 x 16 = 124 MiB
 
 # A client's mistakes would fill the terminal.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
