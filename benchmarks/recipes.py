@@ -52,9 +52,9 @@ The tutorial's network, trained otherwise, by one word on the command line: `exp
 [conf/experiment/](../conf/experiment) has the reason for each line.
 `make recipes DATA=FOLDER` made this page, `recipes.json` and the picture. Seconds are from the first batch to the last test
 batch; a command is that and what comes before and after it: imports, reading the data, the report. Accuracies are of the
-10,000 test images; the recipes were chosen by the accuracy on 5,000 of the training images, and then measured once. ± is the
-interval of 95 % of a mean by Student's t. The loss is cross-entropy; label smoothing makes the network less certain, also
-where it is right, and the loss larger. With a validation split, the temperature that is measured there undoes that.
+10,000 test images; the recipes were chosen by the accuracy on 5,000 of the training images. ± is the interval of 95 % of a
+mean by Student's t. The loss is cross-entropy; label smoothing makes the network less certain, also where it is right, and
+the loss larger.
 
 ![test accuracy against seconds](recipes.png)
 """
