@@ -38,10 +38,10 @@ REFUSALS = [
     ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps=0: must be greater than or equal to 1"),
     ("float32_matmul_precision=low", "float32_matmul_precision=low: must be 'highest', 'high' or 'medium'"),
     ("debug=all", "debug=all: there is no such choice; there are anomaly, limit, one_batch, overfit, profiler"),
-    ("debug=true", "a group takes the name of one of its files; for none, leave it out"),
+    ("debug=true", "a group takes the name of one of its files (--help shows them); those that may be empty have none"),
     ("trainer=5", "trainer=5: must be a valid dictionary"),
-    ("logger=null", "a group takes the name of one of its files; for none, leave it out"),
-    ("optimizer=null", "a group takes the name of one of its files; for none, leave it out"),
+    ("logger=null", "a group takes the name of one of its files (--help shows them); those that may be empty have none"),
+    ("optimizer=null", "a group takes the name of one of its files (--help shows them); those that may be empty have none"),
     ("+seed=1", "seed exists: leave out the + before it"),
     ("+trainer.fast_dev_run=true", "trainer.fast_dev_run exists: leave out the + before it"),
     ("~trainer.profiler", "trainer.profiler is null: there is nothing to delete"),
@@ -250,6 +250,15 @@ def test_help_shows_every_key_with_its_comment() -> None:
         assert line in text
     assert "momentum: 0.9" in text and "rho" not in text.replace("through", "")
     assert "dropout: 0.5      # fraction of the pooled values" in text
+
+
+def test_none_switches_a_group_off_whatever_an_experiment_has_chosen() -> None:
+    optional = ("augment", "loss", "scheduler", "metrics", "callbacks", "logger")
+    off = [f"{group}=none" for group in optional]
+    assert settings("train", *off) == settings("train") | dict.fromkeys(optional)
+    recipe = settings("train", "experiment=speedrun")
+    assert settings("train", "experiment=speedrun", *off) == recipe | dict.fromkeys(optional)
+    assert recipe["loss"] and recipe["scheduler"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda path: path.stem)

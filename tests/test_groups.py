@@ -26,7 +26,14 @@ from mnist_lit.storage import runs
 from mnist_lit.train import train
 from mnist_lit.training.harness import build_augmentation, build_loss, build_trainer
 
-CALLBACKS = sorted(path.stem for path in (ROOT / "conf" / "callbacks").glob("*.yaml"))
+
+
+def options(group: str) -> list[str]:
+    """The files of a group but ``none``."""
+    return sorted({path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} - {"none"})
+
+
+CALLBACKS = options("callbacks")
 
 
 class Killed(BaseException):
@@ -85,9 +92,7 @@ def test_the_command_line_knows_which_schedules_are_as_long_as_the_run() -> None
 
 
 def test_every_scheduler_has_been_tried() -> None:
-    assert {path.stem for path in (ROOT / "conf" / "scheduler").glob("*.yaml")} == {
-        *("cosine", "onecycle", "plateau", "step", "warmup_cosine")
-    }
+    assert options("scheduler") == ["cosine", "onecycle", "plateau", "step", "warmup_cosine"]
 
 
 def test_the_rate_of_every_step(tmp_path: Path) -> None:
@@ -144,7 +149,7 @@ def test_a_compiled_network_trains_resumes_and_is_loaded(tmp_path: Path) -> None
     torch.testing.assert_close(again(images), network(images).softmax(1))
 
 
-AUGMENTATIONS = sorted(path.stem for path in (ROOT / "conf" / "augment").glob("*.yaml"))
+AUGMENTATIONS = options("augment")
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -178,7 +183,7 @@ def test_an_augmentation_changes_each_image_by_itself_and_keeps_what_it_shows(
     assert 0.5 < places.abs().max() < 6  # moved, and not out of sight
 
 
-@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "loss").glob("*.yaml")])
+@pytest.mark.parametrize("name", options("loss"))
 def test_a_loss_of_the_group_is_what_training_minimizes_and_resumes_exactly(name: str, tmp_path: Path) -> None:
     overrides = [f"loss={name}", "model=mlp", "data.val_size=100"]
     found = train(tmp_path / "whole", **small(*overrides))
@@ -237,8 +242,7 @@ METRICS: dict[str, Any] = {
 
 
 def test_metrics_of_the_group_are_torchmetrics_and_are_everywhere(tmp_path: Path) -> None:
-    names = sorted(path.stem for path in (ROOT / "conf" / "metrics").glob("*.yaml"))
-    assert names == sorted(METRICS)
+    assert options("metrics") == sorted(METRICS)
     chosen = [f"metrics=[{','.join(METRICS)}]", "checkpoint.monitor=val/f1", "logger=csv"]
     stops = ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/top2"]
     overrides = ["model=mlp", "optimizer=adam", "data.val_size=500", "checkpoint.every_n_steps=1", *chosen]

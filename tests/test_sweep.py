@@ -159,11 +159,13 @@ def test_the_summary_ranks_by_what_the_jobs_monitor(tmp_path: Path) -> None:
     monitored = ["checkpoint.monitor=val/loss", "checkpoint.mode=min", "data.val_size=100"]
     for job, loss in zip(planned(tmp_path, "optimizer.lr=0.3,1.0,3.0", *monitored), (0.2, 0.1, None), strict=True):
         if loss:
-            results(job, val_loss=loss, val_acc=0.9 + loss, test_acc=0.9)
+            results(job, val_loss=loss, val_acc=0.9 + loss, test_acc=0.9, test_f1=0.9 - loss)
     groups, criterion = best_first(read_jobs(tmp_path))
     assert criterion == "val/loss"
     assert [group.title for group in groups] == [f"optimizer.lr={lr}" for lr in ("1.0", "0.3", "3.0")]
-    assert "best first, by val/loss" in table(groups, criterion)
+    text = table(groups, criterion)
+    assert "best first, by val/loss" in text
+    assert "test f1" in text and "optimizer.lr=1.0  1/1   1.0000          0.1000    0.9000    0.8000" in text
 
 
 def test_seeds_that_were_added_later_are_of_the_same_group(tmp_path: Path) -> None:

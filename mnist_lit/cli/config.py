@@ -59,6 +59,9 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
         if f"{section}._target_" in typed and isinstance(values.get(section), dict):  # the file's keys are another's
             kept = {key.split(".")[1] for key in typed if key.startswith(f"{section}.")}
             values[section] = {key: value for key, value in values[section].items() if key in kept}
+    for section, choice in of_hydra.runtime.choices.items():
+        if choice == "none" and f"{section}._target_" not in typed:  # nor what an experiment says about another choice
+            values[section] = None
     if verb in ("evaluate", "export") and not of_hydra.job.chdir and isinstance(data := values["data"], dict):
         # What nobody has chosen, these take from the run.
         if of_hydra.runtime.choices.get("data") == "mnist" and not {"data", "data._target_"} & {*typed}:

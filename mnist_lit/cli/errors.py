@@ -49,7 +49,7 @@ def as_user_errors(keys: Callable[[], Iterable[str]], groups: Iterable[str]) -> 
             case _ if there:
                 text = f"{there[1]} exists: leave out the + before it"
             case _ if type(error) is ValueError:
-                text = "a group takes the name of one of its files; for none, leave it out"
+                text = "a group takes the name of one of its files (--help shows them); those that may be empty have none"
             case _ if unknown and text.startswith("Could not delete") and unknown[1] in keys():
                 text = f"{unknown[1]} is null: there is nothing to delete"
             case _ if unknown:

@@ -3,6 +3,7 @@
 import logging
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def best_first(jobs: list[Job]) -> tuple[list[Group], str]:
 def table(groups: list[Group], criterion: str) -> str:
     """A line for each group, and one for each job that has not finished."""
     jobs = [job for group in groups for job in group.jobs]
-    shown = dict.fromkeys([*METRICS[:4], criterion])
+    shown = dict.fromkeys([*METRICS[:4], criterion, *_further(jobs, ("val", "test"))])
     metrics = [key for key in shown if any(group.values(key) for group in groups)]
     rows = [["", "jobs", *("validation acc" if key == "val/acc" else key.replace("/", " ") for key in metrics)]]
     for group in groups:
@@ -110,10 +111,16 @@ def _cell(group: Group, key: str) -> str:
     return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
 
 
+def _further(jobs: list[Job], stages: Sequence[str]) -> list[str]:
+    """The metrics that the section ``metrics`` of some jobs has added."""
+    names = dict.fromkeys(name for job in jobs for name in further_metrics(job.results))
+    return [f"{stage}/{name}" for name in names for stage in stages]
+
+
 def _csv(groups: list[Group], ranked: bool) -> bytes:
     """A row for each job, with the mean and the standard deviation of its group."""
-    others = dict.fromkeys(name for group in groups for job in group.jobs for name in further_metrics(job.results))
-    metrics = [*METRICS, *(f"{stage}/{name}" for name in others for stage in ("val", "test", "train"))]
+    further = _further([job for group in groups for job in group.jobs], ("val", "test", "train"))
+    metrics = [*METRICS, *further]
     rows: list[dict[str, Any]] = []
     for rank, group in enumerate(groups, 1):
         shared: dict[str, Any] = {"rank": rank if ranked else ""}
