@@ -28,7 +28,7 @@ PRINTED = {
     "to-tensor": ["equal to ToTensor, bit for bit: True", "255 becomes 1.0 and 128 becomes 0.501960813999176"],
     "conv1-maps": ["output (1, 32, 26, 26), 320 parameters"],
     "conv2-maps": ["output (1, 64, 24, 24), 18,496 parameters"],
-    "pool-maps": ["output (1, 64, 8, 8), 0 parameters", "True"],
+    "pool-maps": ["output (1, 64, 8, 8), 0 parameters", "the same: True"],
     "dropout-maps": ["in eval mode nothing changes: True"],
     "dense-layers": [
         "output (1, 250), 1,024,250 parameters",
