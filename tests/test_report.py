@@ -18,6 +18,7 @@ from PIL import Image
 from mnist_lit import UserError
 from mnist_lit.cli.config import settings
 from mnist_lit.evaluate import evaluate
+from mnist_lit.inference.explain import feature_maps
 from mnist_lit.network import TutorialCNN
 from mnist_lit.reports.report import write_report
 from mnist_lit.reports.scores import PredictionCollector, scores
@@ -166,6 +167,21 @@ def test_the_feature_maps_are_those_of_the_network(tmp_path: Path, caplog) -> No
     )  # green rises in viridis
     assert found[place] == found.max() and network.training
     assert not network.conv1._forward_hooks and network.cpu_kernel and "plain PyTorch" not in caplog.text
+
+
+def test_feature_maps_are_of_their_image_whatever_else_the_network_is_asked_meanwhile() -> None:
+    class Asked(TutorialCNN):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(images)
+            if self is not network:
+                network(torch.zeros_like(images))  # as another thread of a server may
+            return logits
+
+    network = Asked().eval()
+    images = torch.rand(1, 1, 28, 28)
+    maps = feature_maps(network, images)
+    with torch.no_grad():
+        torch.testing.assert_close(maps["conv1"], network.conv1(images).relu())
 
 
 def test_a_convolution_that_is_not_called_has_no_feature_maps(tmp_path: Path) -> None:

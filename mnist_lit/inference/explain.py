@@ -2,11 +2,11 @@
 
 import base64
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mnist_lit.inference.trained import TrainedModel
 
@@ -38,25 +38,23 @@ def feature_maps(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     A layer that the network does not call has no entry.
     """
-    convolutions = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Conv2d)]
-    if not (layers := dict(convolutions[:2])):
+    names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)][:2]
+    if not names:
         return {}
+    # A copy with the same weights: hooks on the layers themselves would see what other threads predict.
+    weights: dict[int, Any] = {id(each): each for each in (*network.parameters(), *network.buffers())}
+    network = copy.deepcopy(network, weights).eval()
+    vars(network)["cpu_kernel"] = False  # it would step aside for the hooks, and say so in the log
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> RemovableHandle:
-        return layers[name].register_forward_hook(lambda layer, _, output: outputs.update({name: output.relu()}))
+    def keep(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
+        outputs[name] = output.relu()
 
-    hooks = [keep(name) for name in layers]
-    weight = next(iter(layers.values())).weight
-    was_training, shallow = network.training, copy.copy(network)  # with the same layers
-    vars(shallow)["cpu_kernel"] = False  # it would step aside for the hooks, and say so in the log
-    try:
-        with torch.inference_mode():
-            shallow.eval()(images.to(weight.device, weight.dtype))
-    finally:
-        network.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    for name in names:
+        network.get_submodule(name).register_forward_hook(partial(keep, name))
+    weight: Any = network.get_submodule(names[0]).weight
+    with torch.inference_mode():
+        network(images.to(weight.device, weight.dtype))
     return outputs
 
 
