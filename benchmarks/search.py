@@ -89,7 +89,9 @@ def train(values: dict[str, Any], seed: int, folder: str, data_of: dict[tuple[in
 def search(name: str, repeat: int, folder: str, data_of: dict[tuple[int, int], Any]) -> dict[str, Any]:
     sampler, pruner = SEARCHES[name]
     spent, budget = [0], TRIALS * EPOCHS
-    study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, repeat), pruner=make_pruner(pruner))
+    study = optuna.create_study(
+        direction="maximize", sampler=make_sampler(sampler, repeat, 0), pruner=make_pruner(pruner)
+    )
     space = distributions(settings("tune")["space"], flatten(settings("train")))
 
     def objective(trial: Any) -> float:

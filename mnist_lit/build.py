@@ -140,8 +140,7 @@ def wrong_type(cls: Callable[..., Any], named: Mapping[str, Any]) -> tuple[str, 
 
 def must_be(error: Any) -> str:
     """The first finding of a pydantic ``ValidationError``: "must be greater than 0"."""
-    message: str = error.errors()[0]["msg"]
-    return re.sub(r"^(Input|String|List|Value) should ", "must ", message)
+    return re.sub(r"^(Input|String|List|Value) should ", "must ", error.errors()[0]["msg"])
 
 
 def accepted(cls: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,8 +90,7 @@ def launched_processes(trainer: "L.Trainer") -> list[Any]:
 
     It is the launcher's own list: Lightning's observer thread polls it, and kills this process when one of them fails.
     """
-    processes: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
-    return processes
+    return getattr(trainer.strategy.launcher, "procs", [])
 
 
 def as_within_epoch(fit_loop: dict[str, Any]) -> None:
@@ -137,8 +136,7 @@ def compute_locally(metric: "Metric") -> "Tensor":
     ``metric.compute()`` waits for all other ranks. ``Metric.__init__`` wraps ``compute`` on the instance to do so; the
     class's own method is the bare computation.
     """
-    value: Tensor = type(metric).compute(metric)
-    return value
+    return type(metric).compute(metric)
 
 
 # torch 2.15.0

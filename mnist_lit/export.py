@@ -133,8 +133,7 @@ def _program(model: "TrainedModel", images: "Tensor") -> Any:
     try:
         program = torch.export.export(model, (torch.zeros_like(images),), dynamic_shapes=batch)
     except Exception as error:  # a user-defined network can fail in any way
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the network cannot be exported: {type(error).__name__}: {reason}") from error
+        raise UserError(f"the network cannot be exported: {type(error).__name__}: {one_line(error, 300)}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program

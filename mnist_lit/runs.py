@@ -148,7 +148,7 @@ def _cell(key: str, row: Mapping[str, Any]) -> str:
         return "-"
     if isinstance(value, float) and "/" in key:
         return f"{value:.4f}"
-    return f"{value:.1f}" if key == "fit_seconds" else printable(records.typed(value))
+    return f"{value:.1f}" if key == "fit_seconds" else printable(records.as_typed(value))
 
 
 def _draw(chosen: Sequence[Record], path: Path) -> None:

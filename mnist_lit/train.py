@@ -69,9 +69,10 @@ def train(
         from mnist_lit.training import harness
         from mnist_lit.training.calibration import Calibration
         from mnist_lit.training.callbacks import SeedEachBatch, StopOnNaN
+        from mnist_lit.training.memory import keep_freed_memory
         from mnist_lit.training.recorder import RunRecorder
 
-    harness.keep_freed_memory()
+    keep_freed_memory()
     if float32_matmul_precision:
         torch.set_float32_matmul_precision(float32_matmul_precision)
     L.seed_everything(seed, verbose=False)

@@ -40,8 +40,14 @@ REFUSALS = [
     ("debug=all", "debug=all: there is no such choice; there are anomaly, limit, one_batch, overfit, profiler"),
     ("debug=true", "a group takes the name of one of its files (--help shows them); those that may be empty have none"),
     ("trainer=5", "trainer=5: must be a valid dictionary"),
-    ("logger=null", "a group takes the name of one of its files (--help shows them); those that may be empty have none"),
-    ("optimizer=null", "a group takes the name of one of its files (--help shows them); those that may be empty have none"),
+    (
+        "logger=null",
+        "a group takes the name of one of its files (--help shows them); those that may be empty have none",
+    ),
+    (
+        "optimizer=null",
+        "a group takes the name of one of its files (--help shows them); those that may be empty have none",
+    ),
     ("+seed=1", "seed exists: leave out the + before it"),
     ("+trainer.fast_dev_run=true", "trainer.fast_dev_run exists: leave out the + before it"),
     ("~trainer.profiler", "trainer.profiler is null: there is nothing to delete"),

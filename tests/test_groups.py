@@ -27,7 +27,6 @@ from mnist_lit.train import train
 from mnist_lit.training.harness import build_augmentation, build_loss, build_trainer
 
 
-
 def options(group: str) -> list[str]:
     """The files of a group but ``none``."""
     return sorted({path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} - {"none"})

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import colour
+import hydra
 import pytest
 from conftest import Command
 from helpers import QUICK, ROOT, is_in_use
 
 from mnist_lit import UserError
-from mnist_lit.cli.config import ConfigFiles
+from mnist_lit.cli.config import CONF, ConfigFiles
 from mnist_lit.storage import runs
 from mnist_lit.storage.tables import text_table, to_csv
 from mnist_lit.sweeps.jobs import Job, read_jobs
@@ -61,7 +62,8 @@ SMALL = [
 
 
 def planned(folder: Path, *overrides: str) -> list[Job]:
-    return plan(asked_jobs(ConfigFiles("train"), overrides), folder)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):  # as inside a command
+        return plan(asked_jobs(ConfigFiles("train"), overrides), folder)
 
 
 def names(jobs: list[Job]) -> list[str]:

@@ -54,11 +54,11 @@ def train_config(*overrides: str) -> dict[str, Any]:
 
 
 def opened(storage: str) -> Any:
-    return open_study(storage, "tune", make_pruner("none"))[0]
+    return open_study(storage, "tune", make_pruner("none"), "max")[0]
 
 
 def search_in(folder: Path) -> Search:
-    study, database = open_study(sqlite(folder), "tune", make_pruner("none"))
+    study, database = open_study(sqlite(folder), "tune", make_pruner("none"), "max")
     return Search(folder, study, database, 2, {}, ConfigFiles("train"), [], 1, "val/acc")
 
 
@@ -209,15 +209,15 @@ def test_43_a_database_that_stays_away_ends_the_search_in_a_sentence(
     started = time.monotonic()
     with pytest.raises(UserError, match=r"tune.db does not answer any more \(.*unable to open.*\); the same command"):
         trial.set_user_attr("a", 1)
-    assert 0.5 < time.monotonic() - started < 5 and not search.database.heartbeats_count
+    assert 0.5 < time.monotonic() - started < 5 and not search.database.trusts_heartbeats
     search.database.record_heartbeat(trial._trial_id)  # as a thread of Optuna's does, without a traceback
     (tmp_path / "tune.db").rmdir()
     (tmp_path / "away.db").rename(tmp_path / "tune.db")
     trial.set_user_attr("a", 2)
     # What could not send heartbeats is not stale.
-    assert study.trials[0].user_attrs == {"a": 2} and not search.database.heartbeats_count
+    assert study.trials[0].user_attrs == {"a": 2} and not search.database.trusts_heartbeats
     monkeypatch.setattr(database, "GRACE_PERIOD", 0)
-    assert search.database.heartbeats_count
+    assert search.database.trusts_heartbeats
 
 
 @pytest.mark.slow
@@ -420,7 +420,7 @@ def test_41_plots_that_cannot_be_written_lose_no_results_of_a_search(tmp_path: P
     with pytest.raises(
         UserError, match=r"the plots cannot be written \(IsADirectoryError: .*; the results are in .*csv"
     ):
-        report(tmp_path, study, [], ConfigFiles("train"))
+        report(tmp_path, study, [], ConfigFiles("train"), "val/acc")
     assert "lr: 0.9" in (tmp_path / "experiment" / "best.yaml").read_text()
     assert len((tmp_path / "trials.csv").read_text().splitlines()) == 3
 
@@ -451,16 +451,19 @@ def test_every_key_of_train_is_one_of_tune() -> None:
 def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had(
     overrides: list[str], tmp_path: Path
 ) -> None:
-    from mnist_lit.sweeps.tune_report import NOT_SETTINGS, experiment
+    from mnist_lit.sweeps.records import NOT_SHOWN
+    from mnist_lit.sweeps.tune_report import experiment
 
     params = {"optimizer.lr": 0.123, "model.dropout": 0.3, "data.batch_size": 250}
     trial = optuna.create_trial(value=0.99, params=params, distributions=dict.fromkeys(params, DISTRIBUTION))
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "best.yaml").write_text(experiment(trial, "tune", overrides, ConfigFiles("train")))
+    (tmp_path / "experiment" / "best.yaml").write_text(
+        experiment(trial, "tune", overrides, ConfigFiles("train"), "val/acc")
+    )
 
     def decisive(files: ConfigFiles, *given: str) -> dict[str, Any]:
         values = flatten(plain_values(files.compose(given)))
-        return {key: value for key, value in values.items() if not is_one_of(key, NOT_SETTINGS)}
+        return {key: value for key, value in values.items() if not is_one_of(key, NOT_SHOWN)}
 
     had = decisive(ConfigFiles("train"), *overrides, *(f"{key}={value}" for key, value in params.items()))
     assert decisive(ConfigFiles("train", str(tmp_path)), "experiment=best") == had

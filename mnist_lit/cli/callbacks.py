@@ -15,8 +15,7 @@ class Prepare(Callback):
         if launch.current:
             self._call(launch.current.prepare, config)
 
-    def on_multirun_start(self, config: Any, **_: Any) -> None:
-        self.on_run_start(config)
+    on_multirun_start = on_run_start
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         if launch.current:

@@ -1,10 +1,10 @@
 """The configuration: composed by Hydra from ``conf/`` and overrides, checked, and handed on as plain values."""
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ def arguments(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_values(verb: str, config: Any) -> dict[str, Any]:
-    """Everything but Hydra's part of a composed configuration, as plain values.
+    """The ``plain_values`` of a composed configuration, checked, and without the keys that what was typed makes void.
+
+    These are the keys of a class that another one replaces, of a group that ``none`` switches off, and, for evaluate and
+    export, those of the data that nobody has chosen.
 
     Raises:
         UserError: A required value is missing, or one has a wrong type or is out of range.
@@ -90,11 +93,9 @@ class ConfigFiles:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name=self.name):
             return hydra.compose(self.name, [*overrides, *path], return_hydra_config=True)
 
-    @contextlib.contextmanager
-    def errors_as_user_errors(self, overrides: Iterable[str]) -> Iterator[None]:
+    def errors_as_user_errors(self, overrides: Iterable[str]) -> AbstractContextManager[None]:
         """In this block what Hydra says about ``overrides`` becomes a ``UserError``, with the nearest key."""
-        with as_user_errors(lambda: self._keys(overrides), self._groups()):
-            yield
+        return as_user_errors(lambda: self._keys(overrides), self._groups())
 
     def _keys(self, overrides: Iterable[str]) -> list[str]:
         from hydra.errors import HydraException
@@ -177,6 +178,6 @@ def as_overrides(values: Mapping[str, Any]) -> list[str]:
 
 
 def _in_quotes(value: str) -> str:
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)  # backslashes count only before a quote
-    return f"'{escaped}'"
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single).with_quotes()

@@ -56,8 +56,7 @@ def metrics_of_run(checkpoint: Path, trust: Iterable[str] = ()) -> dict[str, Any
 
 def config_of_run(checkpoint: Path) -> dict[str, Any]:
     """The configuration of the run whose folder ``checkpoint`` is in; empty if there is none, or it cannot be read."""
-    path = checkpoint.absolute().parent.parent / "config.yaml"
     try:
-        return read_config(path) if path.is_file() else {}
+        return read_config(checkpoint.absolute().parent.parent / "config.yaml")
     except UserError:  # the checkpoint says all that is needed of the network
         return {}

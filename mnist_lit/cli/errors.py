@@ -28,7 +28,6 @@ def as_user_errors(keys: Callable[[], Iterable[str]], groups: Iterable[str]) -> 
             raise
         # Hydra has the key only in its text.
         unknown = re.search(r"Could not (?:override|delete from config\.)[^']*'([^']+)'", text)
-        there = re.search(r"An item is already at '([^']+)'", text)
         match error:
             case MissingConfigException(missing_cfg_file=str(path), options=[*options]):
                 group, _, option = path.rpartition("/")
@@ -46,10 +45,12 @@ def as_user_errors(keys: Callable[[], Iterable[str]], groups: Iterable[str]) -> 
             case OverrideParseException():
                 reason = error.message.splitlines()[0]
                 text = f"cannot read {error.override}: {reason} (a value with = ( ) [ ] or a comma needs quotes)"
-            case _ if there:
+            case _ if there := re.search(r"An item is already at '([^']+)'", text):
                 text = f"{there[1]} exists: leave out the + before it"
             case _ if type(error) is ValueError:
-                text = "a group takes the name of one of its files (--help shows them); those that may be empty have none"
+                text = (
+                    "a group takes the name of one of its files (--help shows them); those that may be empty have none"
+                )
             case _ if unknown and text.startswith("Could not delete") and unknown[1] in keys():
                 text = f"{unknown[1]} is null: there is nothing to delete"
             case _ if unknown:

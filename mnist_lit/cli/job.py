@@ -134,7 +134,6 @@ def run(
     cwd: Path | None = None,
     quiet: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-    poll_seconds: float = 0.5,
     threads: int | None = None,
     composed: Any = None,
 ) -> Result:
@@ -143,7 +142,7 @@ def run(
     Args:
         cwd: Its working directory; None for that of this process.
         quiet: Whether to hide its output.
-        should_stop: Called every ``poll_seconds``; true asks the command to stop.
+        should_stop: Called every half second; true asks the command to stop.
         threads: The number of CPU threads it may use; None leaves that to the environment.
         composed: The configuration that the arguments give, if it has been composed and checked already.
 
@@ -161,15 +160,13 @@ def run(
     last: deque[str] = deque(maxlen=300)
     reader = threading.Thread(target=_pass_on, args=(receive, quiet, last), daemon=True)
     reader.start()
+    code: int | None = None
     try:
-        while True:
+        while code is None:
             try:
-                code = command.wait(poll_seconds)
-                break
+                code = command.wait(0.5)
             except TimeoutError:
-                if should_stop():
-                    code = _stop(command, signal.SIGTERM)
-                    break
+                code = _stop(command, signal.SIGTERM) if should_stop() else None
     except BaseException as error:
         _stop(command, signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
         raise

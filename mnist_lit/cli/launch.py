@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_lit import Interrupted, UserError, compat
-from mnist_lit.cli import parent, ranks
+from mnist_lit.cli import parent, ranks, resume
 from mnist_lit.cli.config import (
     CONF,
     ConfigFiles,
@@ -136,13 +136,13 @@ class VerbRun:
         from omegaconf import OmegaConf, open_dict, read_write
 
         tracebacks = tracebacks or str(config.hydra.job.env_set.get("HYDRA_FULL_ERROR")) == "1"
-        if not (self.run_folder and ranks.is_started_by_another()):
+        if self.run_folder and ranks.is_started_by_another():
+            ranks.end_with_starter()
+        else:
             parent.tell_children()
         if not self.run_folder:
             _check(self.verb, config)
             return
-        if ranks.is_started_by_another():
-            ranks.end_with_starter()
         if ranks.by_torchrun():
             ranks.take_starters_numbers(config)
             folder, start = ranks.decided_by_first(lambda earlier: self._decide(config, *(earlier or ())[:1]))
@@ -178,7 +178,7 @@ class VerbRun:
                 inspect.signature(self.work).bind(**values)
             except TypeError as error:
                 raise UserError(f"the configuration does not fit: {error} (--help shows the keys)") from error
-            with ranks.loss_as_user_error(lambda: runs.resume_hint(folder)):
+            with ranks.lost_process_as_user_error(folder):
                 self.work(**values)
         except UserError as error:
             if self.run_folder and ranks.is_first():
@@ -196,8 +196,6 @@ class VerbRun:
         Args:
             earlier: The folder, if this run's processes have been started before.
         """
-        from mnist_lit.cli import resume
-
         typed = any(key_of(override) == "hydra.run.dir" for override in config.hydra.overrides.hydra)
         named = config.hydra.run.dir if typed else str(ranks.folder_of_job(Path(config.hydra.run.dir)))
         if ranks.is_requeued():
@@ -219,7 +217,6 @@ class VerbRun:
 
     def _continued(self, config: Any, start: str) -> dict[str, Any]:
         """The configuration of the resumed run, with the overrides that are allowed."""
-        from mnist_lit.cli import resume
         from mnist_lit.cli.schema import check
 
         asked = checked_values(self.verb, config)

@@ -30,18 +30,14 @@ def end_with(pid: int, grace: float = 0.0) -> None:
     Args:
         grace: Seconds for this process to end by itself, with a sentence of its own.
     """
-    starter = multiprocessing.parent_process()
-    if os.getppid() == pid:
+    starter, is_child = multiprocessing.parent_process(), os.getppid() == pid
 
-        def lives() -> bool:
+    def lives() -> bool:
+        if is_child:
             return os.getppid() == pid
-
-    elif starter and starter.pid == pid:  # by way of a server
-        lives = starter.is_alive
-    else:
-
-        def lives() -> bool:
-            return _exists(pid)
+        if starter and starter.pid == pid:  # by way of a server
+            return starter.is_alive()
+        return _exists(pid)
 
     def watch() -> None:
         while lives():

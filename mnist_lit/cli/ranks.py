@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from mnist_lit import UserError
 from mnist_lit.cli import parent
 from mnist_lit.cli.config import key_of
-from mnist_lit.storage.runs import step_of_job
+from mnist_lit.storage.runs import resume_hint, step_of_job
 
 T = TypeVar("T")
 
@@ -45,10 +45,6 @@ def by_srun() -> bool:
     if "SLURM_STEP_ID" not in os.environ or os.environ.get("SLURM_JOB_NAME") in SHELLS:
         return False
     return os.environ.get("TORCHELASTIC_RUN_ID", step_of_job()) == step_of_job()
-
-
-def starter() -> str:
-    return "srun" if by_srun() else "torchrun"
 
 
 def adopt_srun() -> None:
@@ -115,14 +111,15 @@ def take_starters_numbers(config: Any) -> None:
     Raises:
         UserError: Other numbers were asked for, or the nodes have different numbers of processes.
     """
+    starter = "srun" if by_srun() else "torchrun"
     devices, nodes, processes = (int(os.environ[f"{of}WORLD_SIZE"]) for of in ("LOCAL_", "GROUP_", ""))
     if devices * nodes != processes:
-        raise UserError(f"{starter()} has started {processes} processes on {nodes} nodes: give each equally many")
+        raise UserError(f"{starter} has started {processes} processes on {nodes} nodes: give each equally many")
     for key, started in (("trainer.devices", devices), ("trainer.num_nodes", nodes)):
         for override in config.hydra.overrides.task:
             if key_of(override) == key and override.partition("=")[2] not in ("auto", str(started)):
                 raise UserError(
-                    f"{override}: {starter()} has started {devices} processes on each of {nodes} nodes; leave it out"
+                    f"{override}: {starter} has started {devices} processes on each of {nodes} nodes; leave it out"
                 )
     config.trainer.devices, config.trainer.num_nodes = devices, nodes
 
@@ -191,22 +188,15 @@ def end_with_starter() -> None:
 
 
 @contextmanager
-def loss_as_user_error(resume_hint: Callable[[], str]) -> Iterator[None]:
-    """In this block, a lost connection to another process of the run raises ``LostProcessError``.
-
-    Args:
-        resume_hint: Gives the end of the message.
-    """
+def lost_process_as_user_error(folder: Path) -> Iterator[None]:
+    """In this block, a lost connection to another process of the run in ``folder`` raises ``LostProcessError``."""
     try:
         yield
     except RuntimeError as error:
-        if not _is_lost_connection(error):
+        import torch.distributed
+
+        # gloo's own are plain RuntimeErrors that name the line in gloo's source.
+        if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in str(error):
             raise
-        raise LostProcessError(f"another process of this run has died, so this one ends, too{resume_hint()}") from error
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    import torch.distributed
-
-    # gloo's own are plain RuntimeErrors that name the line in gloo's source.
-    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+        said = f"another process of this run has died, so this one ends, too{resume_hint(folder)}"
+        raise LostProcessError(said) from error

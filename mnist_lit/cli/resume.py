@@ -55,16 +55,14 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
     config = read_config(folder / "config.yaml")
-    if path.is_file():
-        if path.name == Path(runs.BEST).name:  # it is from within a validation, where Lightning cannot go on exactly
-            raise UserError(f"resume={wanted}: best.ckpt cannot be resumed, only tested: resume={folder}")
-        if reason := corruption(path):
-            raise UserError(f"resume={wanted}: {reason}{runs.suggest_intact(folder, path, 'resume')}")
-        return Run(folder, path, config)
-    there = [folder / name for name in (runs.LAST, runs.PREVIOUS) if (folder / name).exists()]
-    if there and (reason := corruption(there[0])):
-        raise UserError(f"resume={wanted}: {reason}{runs.suggest_intact(folder, there[0], 'resume')}")
-    return Run(folder, there[0] if there else folder, config)
+    # It is from within a validation, where Lightning cannot go on exactly.
+    if path.is_file() and path.name == Path(runs.BEST).name:
+        raise UserError(f"resume={wanted}: best.ckpt cannot be resumed, only tested: resume={folder}")
+    written = (place for name in (runs.LAST, runs.PREVIOUS) if (place := folder / name).exists())
+    start = path if path.is_file() else next(written, folder)
+    if start != folder and (reason := corruption(start)):
+        raise UserError(f"resume={wanted}: {reason}{runs.suggest_intact(folder, start, 'resume')}")
+    return Run(folder, start, config)
 
 
 def preferred(newest_first: Sequence[Path]) -> Path:

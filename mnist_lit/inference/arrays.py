@@ -84,7 +84,7 @@ def _keys(path: str) -> list[str]:
         require_short_list(Path(path))
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-    except (*BROKEN, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         raise _damaged(error) from error
 
 

@@ -42,9 +42,3 @@ def load_detector() -> DigitDetector:
     detector = DigitDetector(float(weights.pop("threshold")))
     detector.load_state_dict(weights)
     return detector.eval().requires_grad_(False)
-
-
-def save_detector(detector: DigitDetector) -> None:
-    """Half precision suffices, and takes half the space."""
-    weights = {name: each.numpy().astype(np.float16) for name, each in detector.state_dict().items()}
-    np.savez_compressed(WEIGHTS, threshold=np.float32(detector.threshold), **weights)

@@ -63,7 +63,7 @@ def each_to_mnist(grey: np.ndarray) -> list[np.ndarray]:
         raise ImageError("is blank")
     ink, shape = _found(grey)
     masks = _side_by_side(shape)
-    return [_fitted(ink, mask, shape.inked & ~mask) for mask in masks]
+    return [_fitted(ink, mask, (shape.parts > 0) & ~mask) for mask in masks]
 
 
 def _found(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
@@ -113,10 +113,6 @@ class Shape(NamedTuple):
     contact: float
     width: float
     width_of_others: float
-
-    @property
-    def inked(self) -> np.ndarray:
-        return self.parts > 0
 
     @property
     def is_of_strokes(self) -> bool:
@@ -253,9 +249,9 @@ def _without_lines(mask: np.ndarray, faint: np.ndarray) -> np.ndarray:
 def _lines(inked: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """The pixels of ``inked`` that belong to thin lines from left to right, and to no stroke."""
     high, wide = seen.shape
-    joined = ndimage.minimum_filter1d(ndimage.maximum_filter1d(seen, 5, axis=1), 5, axis=1)  # over gaps
+    joined = ndimage.grey_closing(seen, (1, 5))  # over gaps
     thickest = max(3, round(0.06 * min(seen.shape)))
-    thin = _opened(joined, max(9, wide // 12), 1) & ~_opened(seen, thickest + 1, 0)
+    thin = ndimage.grey_opening(joined, (1, max(9, wide // 12))) & ~ndimage.grey_opening(seen, (thickest + 1, 1))
     parts, _ = ndimage.label(ndimage.maximum_filter1d(thin, 2 * (wide // 12), axis=1), EVERY)
     near, lines, x = ndimage.maximum_filter1d(seen, 3, axis=0), np.zeros_like(seen), np.arange(wide)
     strokes: dict[int, np.ndarray] = {}  # wider than so many pixels
@@ -272,7 +268,7 @@ def _lines(inked: np.ndarray, seen: np.ndarray) -> np.ndarray:
             continue
         width = int(1.6 * thickness + 1.5)
         if width not in strokes:
-            strokes[width] = _opened(inked, width, 0)
+            strokes[width] = ndimage.grey_opening(inked, (width, 1))
         reach = int(thickness / 2 + 1.5)
         rows = (y + np.arange(-reach, reach + 1)[:, None]).clip(0, high - 1)
         lines[rows, x] |= ~strokes[width][rows, x]
@@ -294,12 +290,6 @@ def _fitted_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | N
         return None
     slope, start = np.polyfit(x[on], y[on], 1)
     return float(slope), float(start), float(on.sum() / len(np.unique(x[on])))
-
-
-def _opened(mask: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """The runs of at least ``length`` pixels along ``axis``."""
-    eroded = ndimage.minimum_filter1d(mask, length, axis=axis)
-    return np.asarray(ndimage.maximum_filter1d(eroded, length, axis=axis, origin=length % 2 - 1))
 
 
 def _fitted(ink: np.ndarray, mask: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -109,7 +109,7 @@ def find(ckpt: str | Path) -> Path:
     """The checkpoint that ``ckpt`` refers to.
 
     Args:
-        ckpt: A checkpoint, or a run folder: its best checkpoint by validation accuracy, or else its last one.
+        ckpt: A checkpoint, or a run folder: its best checkpoint by validation, or else its last one.
 
     Raises:
         UserError: There is none, or the folder's is damaged; the message then names the newest intact one.

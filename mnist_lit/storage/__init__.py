@@ -1,1 +1,1 @@
-"""Files on disk: run folders, checkpoints, the MNIST files, and atomic writes."""
+"""Files on disk: run folders, checkpoints, Keras' and MNIST files, which packages may be imported, and atomic writes."""

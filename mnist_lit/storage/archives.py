@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mnist_lit import UserError
 
-# What zipfile raises for a malformed archive, besides BadZipFile.
-BROKEN = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
+# What zipfile raises for a malformed archive.
+BROKEN = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 
 MAX_FILE = 2**25  # bytes
 MAX_ENTRIES = 1000
@@ -63,10 +63,8 @@ def read_entry(path: Path, name: str, most: int) -> bytes:
                 content = file.read(entry.file_size)  # without a size, it would take whatever it expands to
     except UserError:
         raise
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is damaged ({str(error).rstrip('.')})") from error
     except BROKEN as error:
-        raise UserError(f"{path} is damaged ({str(error) or type(error).__name__})") from error
+        raise UserError(f"{path} is damaged ({str(error).rstrip('.') or type(error).__name__})") from error
     if len(content) != entry.file_size:
         raise UserError(f"{path} is damaged ({name} is shorter than declared)")
     return content

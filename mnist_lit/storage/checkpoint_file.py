@@ -54,15 +54,12 @@ def corruption(path: Path) -> str:
             if wrong := archive.testzip():
                 return f"{path} is damaged (the checksum of {wrong} is wrong)"
             record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            unsafe = _unsafe_callables(archive.read(record))
-    except zipfile.BadZipFile as error:
-        return f"{path} is damaged ({str(error).rstrip('.')})"
+            if unsafe := _unsafe_callables(archive.read(record)):
+                what = f"more than tensors and plain values ({unsafe})"
+                return f"{path} holds {what}; loading it could execute code, so nothing was loaded"
     except BROKEN as error:
-        return f"{path} is damaged ({error or type(error).__name__})"
-    reason = (
-        f"holds more than tensors and plain values ({unsafe}); loading it could execute code, so nothing was loaded"
-    )
-    return f"{path} {reason}" if unsafe else ""
+        return f"{path} is damaged ({str(error).rstrip('.') or type(error).__name__})"
+    return ""
 
 
 def _oddity(entries: list[zipfile.ZipInfo], size: int) -> str:
@@ -166,9 +163,6 @@ def _structure() -> Any:
                 raise ValueError(f"must have plain values only, not a {type(each).__name__}")  # noqa: TRY004  # for pydantic
         return value
 
-    def check_version(value: str) -> str:
-        return str(Version(value))
-
     def check_progress(value: Any) -> Any:
         """Lightning's loops: where they stand is in counts, which it would only add to long after loading."""
         inside = [value]
@@ -215,7 +209,7 @@ def _structure() -> Any:
         machine: NotRequired[Machine]
         epoch: NotRequired[Annotated[int, Field(ge=0)]]
         global_step: NotRequired[Annotated[int, Field(ge=0)]]
-        lightning: NotRequired[Annotated[str, AfterValidator(check_version), Field(alias="pytorch-lightning_version")]]
+        lightning: NotRequired[Annotated[str, AfterValidator(Version), Field(alias="pytorch-lightning_version")]]
         loops: NotRequired[Annotated[section, AfterValidator(check_progress)]]
         recorded: NotRequired[Recorded]
         callbacks: NotRequired[section]

@@ -23,8 +23,7 @@ def described(facts: Mapping[str, Any]) -> str:
 
 def trained_on(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The data sets that a checkpoint was trained on, according to itself."""
-    data: list[dict[str, Any]] = checkpoint.get("data", [UNKNOWN_DATA])
-    return data
+    return checkpoint.get("data", [UNKNOWN_DATA])
 
 
 def why_not_to_test(trained_on: Iterable[Mapping[str, Any]], data: str) -> str:

@@ -68,7 +68,7 @@ def suggest_intact(folder: Path, damaged: Path, key: str) -> str:
 
 
 def checkpoint_of(folder: Path) -> Path | None:
-    """A run's best checkpoint by validation accuracy, else its last; None if it has neither."""
+    """A run's best checkpoint by validation, else its last; None if it has neither."""
     return next((path for name in (BEST, LAST) if (path := folder / name).is_file()), None)
 
 

@@ -90,9 +90,10 @@ def _patient(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name, _operation in vars(RDBStorage).items():
-    if inspect.isfunction(_operation) and not _name.startswith("__"):
-        in_a_transaction = "session" in inspect.signature(_operation).parameters  # of another operation
-        setattr(PatientStorage, _name, _operation if in_a_transaction else _patient(_operation))
+    if not inspect.isfunction(_operation) or _name.startswith("__"):
+        continue
+    if "session" not in inspect.signature(_operation).parameters:  # otherwise it is a part of another operation
+        setattr(PatientStorage, _name, _patient(_operation))
 
 
 class Database(PatientStorage):
@@ -112,7 +113,7 @@ class Database(PatientStorage):
         )
 
     @property
-    def heartbeats_count(self) -> bool:
+    def trusts_heartbeats(self) -> bool:
         """Whether a trial without a heartbeat is stale: not if none could be written shortly before."""
         return not self.waiting and time.monotonic() - self.last_waited > GRACE_PERIOD
 
@@ -121,4 +122,4 @@ class Database(PatientStorage):
             super().record_heartbeat(trial_id)
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        return super()._get_stale_trial_ids(study_id) if self.heartbeats_count else []
+        return super()._get_stale_trial_ids(study_id) if self.trusts_heartbeats else []

@@ -26,6 +26,7 @@ MAX_BYTES = 2**24  # of a file with results; the tutorial's ``metrics.json`` has
 OF_SEVERAL = ("metrics", "callbacks")  # groups of which several files can be chosen
 GROUPS = (*OF_ONE_CLASS, *OF_SEVERAL)
 NOT_SHOWN = (*MAY_CHANGE, "trainer.enable_checkpointing")  # it changes nothing, and no trial of a search has any
+REFERENCE = re.compile(r"\$\{(?:oc\.select:)?([\w.]+)(?:,(\d+))?\}")
 METRIC = re.compile(r"(val|test|train)/\w{1,30}")
 
 
@@ -105,7 +106,7 @@ def _read(folder: Path, base: Path) -> Record:
         "started": _started(folder),
         "status": status,
         "data": _data(folder, results),
-        "changes": " ".join(f"{key}={one_line(typed(value))}" for key, value in changes.items()),
+        "changes": " ".join(f"{key}={one_line(as_typed(value))}" for key, value in changes.items()),
         "epochs": _count(last.get("epochs")),
         "max_epochs": _count(config.get("trainer.max_epochs")),
         **{key: _number(last.get(key)) for key in (*METRICS, *others) if key != "test/images"},
@@ -170,7 +171,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def typed(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A value as on the command line, in short."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
@@ -228,11 +229,11 @@ def _defaults() -> dict[str, Any]:
 
 @cache
 def _options(group: str) -> dict[str, dict[str, Any]]:
-    """The files of a group of ``conf/``, flattened, by name."""
+    """The files of a group of ``conf/`` but ``none``, flattened, by name."""
     from omegaconf import OmegaConf
 
     loaded = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((CONF / group).glob("*.yaml"))}
-    return {name: flatten({group: values}) for name, values in loaded.items()}
+    return {name: flatten({group: values}) for name, values in loaded.items() if name != "none"}
 
 
 def _chosen(group: str, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -265,7 +266,8 @@ def _compared_with_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
             changes[group] = chosen[group]
     for key, value in config.items():
         wanted = expected.get(key)  # of a group without a choice there is nothing
-        reference = re.fullmatch(r"\$\{([\w.]+)\}", wanted) if isinstance(wanted, str) else None
-        if value not in (wanted, config.get(reference[1]) if reference else wanted) and not is_one_of(key, NOT_SHOWN):
+        if reference := REFERENCE.fullmatch(str(wanted)):
+            wanted = config.get(reference[1], int(reference[2]) if reference[2] else None)
+        if value not in (expected.get(key), wanted) and not is_one_of(key, NOT_SHOWN):
             changes[key] = value
     return chosen, changes

@@ -6,7 +6,6 @@ of processes and machines can share a study.
 """
 
 import contextlib
-import csv
 import json
 import logging
 import math
@@ -39,6 +38,7 @@ from mnist_lit.storage import runs
 from mnist_lit.storage.tables import one_line, short
 from mnist_lit.sweeps.database import GRACE_PERIOD, LONGEST_ABSENCE, MAX_RETRIES, Database, without_password
 from mnist_lit.sweeps.jobs import BEFORE_MONITOR
+from mnist_lit.sweeps.records import read_history
 
 log = logging.getLogger("mnist_lit.tune")
 
@@ -100,7 +100,7 @@ def suggest(trial: optuna.Trial, distributions: Mapping[str, BaseDistribution]) 
     return {key: SUGGEST[type(each)](trial, key, **vars(each)) for key, each in distributions.items()}
 
 
-def make_sampler(name: str, seed: int | None, n_existing: int = 0) -> optuna.samplers.BaseSampler:
+def make_sampler(name: str, seed: int | None, n_existing: int) -> optuna.samplers.BaseSampler:
     """The sampler that ``conf/tune.yaml`` calls ``name``.
 
     Args:
@@ -119,9 +119,7 @@ def make_pruner(name: str) -> optuna.pruners.BasePruner:
     return optuna.pruners.MedianPruner(n_warmup_steps=2)  # the first epoch says too little
 
 
-def open_study(
-    storage: str, name: str, pruner: optuna.pruners.BasePruner, mode: str = "max"
-) -> tuple[optuna.Study, Database]:
+def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner, mode: str) -> tuple[optuna.Study, Database]:
     """Create the study, or load it if it exists.
 
     Args:
@@ -141,15 +139,14 @@ def open_study(
             study = optuna.create_study(
                 study_name=name, storage=database, pruner=pruner, direction=direction, load_if_exists=True
             )
+            break
         except (SQLAlchemyError, StorageInternalError, ImportError, OSError, ValueError) as error:
             if delay is None or not isinstance(error, DBAPIError | StorageInternalError):
                 where = f"storage={without_password(storage)}"
                 raise UserError(f"{where}: cannot be opened ({one_line(error, limit=300)})") from error
             time.sleep(delay)  # another process may be creating the tables
-        else:
-            database.patience = LONGEST_ABSENCE
-            return study, database
-    raise AssertionError("unreachable")
+    database.patience = LONGEST_ABSENCE
+    return study, database
 
 
 def require_same_search(study: optuna.Study, config: Mapping[str, Any]) -> None:
@@ -210,7 +207,7 @@ class Search:
 
     def _fail_stale_trials(self) -> None:
         """Fail the trials whose worker was killed. Optuna overlooks those without a single heartbeat."""
-        if not self.database.heartbeats_count:
+        if not self.database.trusts_heartbeats:
             self.silent_since = {}
             return
         optuna.storages.fail_stale_trials(self.study)
@@ -247,15 +244,13 @@ class Search:
         trial.set_user_attr("folder", str(folder))
         overrides += [quoted(f"hydra.run.dir={folder}"), "hydra.mode=RUN", "trainer.enable_progress_bar=false"]
         config_dir = [f"--config-dir={self.files.user_folder}"] if self.files.user_folder else []
-        metrics = folder / "metrics.csv"
         best: dict[int, float] = {}  # best value so far, by epoch
         better = max if self.study.direction == StudyDirection.MAXIMIZE else min
 
         def should_prune() -> bool:
-            rows = csv.DictReader(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else ()
-            for row in rows:
-                if row.get(self.monitor) and (epoch := int(row["epoch"])) > max(best, default=0):
-                    best[epoch] = better([float(row[self.monitor]), *best.values()])
+            for row in read_history(folder):
+                if self.monitor in row and (epoch := int(row["epoch"])) > max(best, default=0):
+                    best[epoch] = better([row[self.monitor], *best.values()])
                     trial.report(best[epoch], epoch)
             return bool(best) and trial.should_prune()
 

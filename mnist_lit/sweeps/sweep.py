@@ -10,13 +10,13 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mnist_lit import UserError, compat
 from mnist_lit.cli import job, launch, parent
-from mnist_lit.cli.config import CONF, ConfigFiles, flatten, key_of, plain_values, quoted
+from mnist_lit.cli.config import ConfigFiles, flatten, key_of, plain_values, quoted
 from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
@@ -31,12 +31,23 @@ OF_THE_SWEEP = re.compile(r"[+~]*hydra(/launcher|/sweeper|\.(launcher|sweeper|sw
 
 
 def asked_jobs(files: ConfigFiles, overrides: Sequence[str]) -> list[Job]:
-    """The jobs that the overrides of a sweep ask for, without folders.
+    """The jobs that a sweep's overrides ask for, without folders, as Hydra's basic sweeper expands them, in its order.
 
     Raises:
         UserError: Another sweeper was chosen.
     """
-    lists = overrides_of_jobs(files, overrides)
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides([*overrides])
+    fixed = [each.input_line for each in parsed if not each.is_sweep_override() and each.input_line]
+    sweeper = files.compose(fixed).hydra.sweeper
+    if not sweeper._target_.endswith(".BasicSweeper"):
+        raise UserError("hydra/sweeper: a sweep is a grid here; python -m mnist_lit.tune searches")
+    params = parser.parse_overrides([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
+    own = [each for each in parsed if not each.key_or_group.startswith(("hydra.", "hydra/"))]
+    lists = compat.expand_sweep([*params, *own])
     asked = [dict(override.split("=", 1) for override in each) for each in lists]
     swept = [key for key in asked[0] if len({each[key] for each in asked}) > 1]
     configs = [flatten(plain_values(files.compose(each), resolve=False)) for each in lists]
@@ -63,30 +74,6 @@ def plan(asked: Sequence[Job], folder: Path) -> list[Job]:
             mine.write()
         jobs.append(mine)
     return jobs
-
-
-def overrides_of_jobs(files: ConfigFiles, overrides: Iterable[str]) -> list[list[str]]:
-    """The overrides of each job, without Hydra's own, as Hydra's basic sweeper expands them, in its order.
-
-    Raises:
-        UserError: Another sweeper was chosen.
-    """
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    inside = GlobalHydra.instance().is_initialized()
-    there = contextlib.nullcontext() if inside else hydra.initialize_config_dir(str(CONF), version_base="1.3")
-    with there:
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        parsed = parser.parse_overrides([*overrides])
-        fixed = [each.input_line for each in parsed if not each.is_sweep_override() and each.input_line]
-        sweeper = files.compose(fixed).hydra.sweeper
-        if not sweeper._target_.endswith(".BasicSweeper"):
-            raise UserError("hydra/sweeper: a sweep is a grid here; python -m mnist_lit.tune searches")
-        params = parser.parse_overrides([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
-        own = [each for each in parsed if not each.key_or_group.startswith(("hydra.", "hydra/"))]
-        return compat.expand_sweep([*params, *own])
 
 
 def _name(overrides: dict[str, str], swept: Sequence[str]) -> str:
@@ -201,7 +188,8 @@ def run(verb: str, files: ConfigFiles, flags: Any, hydra_main: Any) -> None:
             raise UserError(f"the launcher failed ({type(error).__name__}: {error}){command.again}") from error
     failed = sum(Job.read(each.folder).status != "finished" for each in command.task.jobs)
     problems = [f"{failed} of {len(command.task.jobs)} jobs failed"] if failed else []
-    if problems := [*problems, *filter(None, [command.without_summary])]:
+    problems += [command.without_summary] if command.without_summary else []
+    if problems:
         raise UserError("; ".join(problems) + command.again)
 
 

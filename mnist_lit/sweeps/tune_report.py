@@ -12,22 +12,20 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, plain_values
-from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
+from mnist_lit.cli.keys import is_one_of
 from mnist_lit.reports.results import only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.tables import short, text_table, to_csv
+from mnist_lit.sweeps.records import NOT_SHOWN
 
 log = logging.getLogger("mnist_lit.tune")
 
 PLOTS = ("optimization_history", "param_importances", "slice", "intermediate_values", "parallel_coordinate")
-NOT_SETTINGS = (*MAY_CHANGE, "trainer.enable_checkpointing")  # trials write none
 MAX_ROWS = 10  # of the table on the terminal
 
 
-def report(
-    folder: Path, study: optuna.Study, overrides: Sequence[str], files: ConfigFiles, monitor: str = "val/acc"
-) -> None:
+def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: ConfigFiles, monitor: str) -> None:
     """Write the results of ``study`` to ``folder``, and log the best of them.
 
     Args:
@@ -60,18 +58,14 @@ def report(
         _plot(study, folder, PLOTS if len(complete) > 1 else PLOTS[:1], monitor)
 
 
-def experiment(
-    trial: FrozenTrial, study: str, overrides: Sequence[str], files: ConfigFiles, monitor: str = "val/acc"
-) -> str:
+def experiment(trial: FrozenTrial, study: str, overrides: Sequence[str], files: ConfigFiles, monitor: str) -> str:
     """The settings of a trial as a file for ``experiment=``; it does not say where the data are."""
     config = files.compose([*overrides, *as_overrides(trial.params)])
-    choices = config.hydra.runtime.choices
-    chosen = [f"{group}={choices[group]}" for group in ("model", "optimizer")]
-    defaults = flatten(plain_values(files.compose(chosen)))
-    groups = [{f"override /{group}": choices[group]} for group in ("model", "optimizer")]
-    changes = OmegaConf.create({"defaults": groups})
+    chosen = {group: config.hydra.runtime.choices[group] for group in ("model", "optimizer")}
+    defaults = flatten(plain_values(files.compose([f"{group}={name}" for group, name in chosen.items()])))
+    changes = OmegaConf.create({"defaults": [{f"override /{group}": name} for group, name in chosen.items()]})
     for key, value in flatten(plain_values(config)).items():
-        if (key not in defaults or defaults[key] != value) and not is_one_of(key, NOT_SETTINGS):
+        if (key not in defaults or defaults[key] != value) and not is_one_of(key, NOT_SHOWN):
             OmegaConf.update(changes, key, value, force_add=True)
     head = f"The best of the study {study}: {monitor} {trial.value:.4f} in trial {trial.number}."
     return f"# @package _global_\n# {head}\n{OmegaConf.to_yaml(changes)}"

@@ -28,22 +28,8 @@ from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import described, facts_of
 from mnist_lit.storage.tables import one_line
 from mnist_lit.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from mnist_lit.training.memory import keep_freed_memory, peak_memory_bytes
+from mnist_lit.training.memory import peak_memory_bytes
 from mnist_lit.training.progress import ProgressBar
-
-__all__ = [
-    "build_augmentation",
-    "build_callbacks",
-    "build_loss",
-    "build_metrics",
-    "build_trainer",
-    "checkpoints",
-    "conditions",
-    "fitting",
-    "keep_freed_memory",
-    "log_header",
-    "prepare_data",
-]
 
 log = logging.getLogger("mnist_lit.train")
 
