@@ -29,7 +29,7 @@ with loading("PyTorch and Lightning"):
     import torch._dynamo; clock("import torch._dynamo, which every optimizer does")
     from mnist_lit.data import MNISTDataModule
     from mnist_lit.model import MNISTClassifier
-    import mnist_lit.training.trainer, mnist_lit.training.recorder; clock("import the rest")
+    import mnist_lit.training.harness, mnist_lit.training.recorder; clock("import the rest")
 classifier = MNISTClassifier(); clock("make the network and its metrics")
 data = MNISTDataModule(sys.argv[1], source="mnist"); data.prepare_data(); data.setup()
 clock("read the data and compare their checksums")

@@ -88,7 +88,7 @@ def main(data: str, repeats: int) -> None:
     speeds = {"threads": base[quietest] / threads[quietest], "processes": base[quietest] / two[quietest]}
     text = PAGE.format(
         cores=os.cpu_count(),
-        cpu=_cpu(),
+        cpu=cpu(),
         repeats=repeats,
         load=load,
         load_after=f"{os.getloadavg()[0]:.1f}",
@@ -181,7 +181,7 @@ def _row(kind: str, threads: int, seconds: list[float], base: list[float]) -> st
     return f"| {kind} | {figures} | {speed:.2f} | {100 * speed / threads:.0f} % |"
 
 
-def _cpu() -> str:
+def cpu() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.machine()

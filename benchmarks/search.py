@@ -27,7 +27,7 @@ from mnist_lit.data import MNISTDataModule
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.sweeps.search import distributions, make_pruner, make_sampler, suggest
 from mnist_lit.training import memory
-from mnist_lit.training.callbacks import SeedEachBatch
+from mnist_lit.training.always import SeedEachBatch
 
 DOCS = Path(__file__).parents[1] / "docs"
 TRIALS, EPOCHS, SHARE, VALIDATION, FRESH_SEEDS = 20, 4, 0.05, 2000, (100, 101, 102)

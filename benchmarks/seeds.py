@@ -17,7 +17,7 @@ HEAD = """\
 The tutorial, {epochs} epochs each, on {data[train]:,} training and {data[test]:,} test images ({data[name]}),
 precision {precision}. `make results DATA=FOLDER` made this file and `results.json`; on a GPU it is
 `make results DATA=FOLDER ARGS=trainer.accelerator=gpu`, and `python benchmarks/seeds.py` with the sweeps' folders puts
-several devices into one table. The runs of a sweep share a process, so peak memory is that of all up to then.
+several devices into one table.
 
 | device | seed | test accuracy | test loss | train accuracy | seconds an epoch (median) | peak memory |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -7,7 +7,6 @@ import asyncio
 import io
 import itertools
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scaling import cpu
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -35,7 +35,7 @@ def main(data: str, run: str) -> None:
     datamodule = MNISTDataModule(data, source="mnist")
     datamodule.setup()
     lines = [
-        HEAD.format(cpu=_cpu(), cores=os.cpu_count(), repeats=REPEATS),
+        HEAD.format(cpu=cpu(), cores=os.cpu_count(), repeats=REPEATS),
         *predicting(datamodule.train_images.numpy(), run),
         *serving(datamodule.test_images[0].numpy(), run),
     ]
@@ -156,12 +156,6 @@ def _row(name: str, values: list[float], form: str, mark: float | None = None, a
         return f"| {name} | {figure} | | |"
     reached = middle >= mark if at_least else middle <= mark
     return f"| {name} | {figure} | {'≥' if at_least else '≤'} {mark:,} | {'reached' if reached else 'missed'} |"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

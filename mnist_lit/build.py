@@ -104,7 +104,7 @@ def call(section: str, cls: Callable[..., T], *arguments: Any, **named: Any) -> 
         inspect.signature(cls).bind(*arguments, **named)
     except TypeError as error:
         raise UserError(f"{section}: {error} (the keys of {section} are the arguments of {cls.__name__})") from error
-    if not _is_of_library(cls):
+    if cls.__module__.partition(".")[0] not in LIBRARIES:
         return cls(*arguments, **named)
     key, reason = wrong_type(cls, named)
     try:
@@ -155,10 +155,6 @@ def _is_users_own(module: str, error: Exception) -> bool:
     if isinstance(error, ModuleNotFoundError):
         return not f"{module}.".startswith(f"{error.name}.")
     return module not in sys.modules  # Python takes it out when its import fails
-
-
-def _is_of_library(cls: Callable[..., Any]) -> bool:
-    return cls.__module__.partition(".")[0] in LIBRARIES
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,29 +70,30 @@ class MNISTDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.facts:
             return
-        name, arrays = self.read()
+        facts, arrays = self.read()
         train_images, train_labels, self.test_images, self.test_labels = arrays
         if not 0 <= self.val_size < len(train_labels):
             raise UserError(
                 f"data.val_size={self.val_size}: must be from 0 to {len(train_labels) - 1}, "
-                f"as there are {len(train_labels):,} training images ({name})"
+                f"as there are {len(train_labels):,} training images ({facts['name']})"
             )
         held_out = stratified_choice(train_labels, self.val_size)
         self.val_images, self.val_labels = train_images[held_out], train_labels[held_out]
         self.train_images, self.train_labels = train_images[~held_out], train_labels[~held_out]
         self.facts = {
-            "name": name,
+            **facts,
             "train": len(self.train_labels),
             "val": len(self.val_labels),
             "test": len(self.test_labels),
             "sha256": mnist_files.sha256(*(array.numpy().tobytes() for array in arrays)),
         }
 
-    def read(self) -> tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The name of the data; training images uint8 [N, 28, 28] and labels int64 [N], then those of the test."""
+    def read(self) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The ``name`` of the data, and of its ``classes`` if they have any; training images uint8 [N, 28, 28] and labels
+        int64 [N], then those of the test."""
         if self.source == "sample" or (self.source == "auto" and mnist_files.missing_files(self.dir)):
-            return SAMPLE_NAME, mnist_files.read_sample()
-        return MNIST_NAME, mnist_files.read_mnist(self.dir)
+            return {"name": SAMPLE_NAME}, mnist_files.read_sample()
+        return {"name": MNIST_NAME}, mnist_files.read_mnist(self.dir)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_images, self.train_labels, self.seed)

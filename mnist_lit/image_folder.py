@@ -45,11 +45,7 @@ class ImageFolderDataModule(MNISTDataModule):
     def prepare_data(self) -> None:
         """There is nothing to download."""
 
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        self.facts["classes"] = self.classes
-
-    def read(self) -> tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def read(self) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
         if not self.dir.is_dir():
             raise UserError(f"data.dir={self.dir}: there is no such folder")
         train, test = (_part(self.dir, names) for names in (TRAIN, TEST))
@@ -64,12 +60,13 @@ class ImageFolderDataModule(MNISTDataModule):
         if unknown := testing.keys() - training.keys():
             raise UserError(f"{test} has classes that {train} lacks: {', '.join(sorted(unknown, key=_natural))}")
         self.classes = sorted(training, key=_natural)
+        facts = {"name": "image_folder", "classes": self.classes}
         images, labels = self._read(training, train or self.dir)
         if testing:
-            return "image_folder", (images, labels, *self._read(testing, test))
+            return facts, (images, labels, *self._read(testing, test))
         held_out = stratified_choice(labels, max(1, round(TEST_FRACTION * len(labels))))
         log.info("%s has no pictures for the test: %d of the %d are held out", self.dir, held_out.sum(), len(labels))
-        return "image_folder", (images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+        return facts, (images[~held_out], labels[~held_out], images[held_out], labels[held_out])
 
     def _read(self, pictures: dict[str, list[Path]], where: Path | None) -> tuple[Tensor, Tensor]:
         """The images uint8 [N, 28, 28] and labels int64 [N] of the pictures of each class."""

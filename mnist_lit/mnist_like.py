@@ -51,15 +51,11 @@ class MNISTLikeDataModule(MNISTDataModule):
             for train in (True, False):
                 self.cls(self.dir, train=train, download=True, **self.options)
 
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        self.facts["classes"] = list(self.classes)
-
-    def read(self) -> tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def read(self) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
         with self._errors_as_user_errors():
             train, test = (self.cls(self.dir, train=train, **self.options) for train in (True, False))
-            self.classes: list[str] = train.classes
-            return self.dataset, (*self._arrays(train), *self._arrays(test))
+            facts = {"name": self.dataset, "classes": [*train.classes]}
+            return facts, (*self._arrays(train), *self._arrays(test))
 
     def _arrays(self, dataset: Any) -> tuple[Tensor, Tensor]:
         images, labels = dataset.data, dataset.targets

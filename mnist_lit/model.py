@@ -90,10 +90,9 @@ class MNISTClassifier(L.LightningModule):
                 its weights do not fit the network.
         """
         checkpoint = read_checkpoint(Path(checkpoint_path))
-        weights = checkpoint[
-            "state_dict"
-        ].items()  # without what only training needs, and the checkpoint does not describe
-        checkpoint["state_dict"] = {key: value for key, value in weights if not key.startswith(("augment.", "loss."))}
+        # Without what only training needs, and the checkpoint does not describe.
+        weights = [pair for pair in checkpoint["state_dict"].items() if not pair[0].startswith(("augment.", "loss."))]
+        checkpoint["state_dict"] = dict(weights)
         sections = hyper_parameters(checkpoint, Path(checkpoint_path), trust, **sections)
         model = with_current_names(sections["model"])
         require_fitting_weights({key: model[key] for key in model if key != "compile"}, network_weights(checkpoint))

@@ -67,8 +67,8 @@ def train(
         from mnist_lit.reports.report import learning_curve, write_report
         from mnist_lit.reports.scores import PredictionCollector, scores
         from mnist_lit.training import harness
+        from mnist_lit.training.always import SeedEachBatch, StopOnNaN
         from mnist_lit.training.calibration import Calibration
-        from mnist_lit.training.callbacks import SeedEachBatch, StopOnNaN
         from mnist_lit.training.memory import keep_freed_memory
         from mnist_lit.training.recorder import RunRecorder
 
@@ -76,10 +76,10 @@ def train(
     if float32_matmul_precision:
         torch.set_float32_matmul_precision(float32_matmul_precision)
     L.seed_everything(seed, verbose=False)
-    parts = harness.build_augmentation(augment), harness.build_loss(loss), harness.build_metrics(metrics)
-    classifier = MNISTClassifier(model, optimizer, scheduler, *parts)
+    modules = harness.build_module("augment", augment), harness.build_module("loss", loss)
+    classifier = MNISTClassifier(model, optimizer, scheduler, *modules, harness.build_metrics(metrics))
     datamodule: Any = instantiate("data", data, L.LightningDataModule, seed=seed)
-    checkpoints = harness.checkpoints(folder, checkpoint or {}, trainer)
+    checkpoints = harness.build_checkpoints(folder, checkpoint or {}, trainer)
     recorder, predictions = RunRecorder(folder), PredictionCollector()
     own = [SeedEachBatch(seed), StopOnNaN(), Calibration(), recorder, checkpoints, predictions]
     own += harness.build_callbacks(callbacks)
@@ -100,12 +100,8 @@ def train(
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
         checkpoints.load_best(classifier)
         (test,) = lightning_trainer.test(classifier, datamodule, verbose=False)
-        results = {**test, **training_results(recorder, checkpoints), "seed": seed}
-        results |= {
-            **limits(trainer),
-            "limited": limited_by(trainer),
-            **harness.conditions(lightning_trainer, datamodule),
-        }
+        results = {**test, **training_results(recorder, checkpoints), "seed": seed, **limits(trainer)}
+        results |= {"limited": limited_by(trainer), **harness.conditions(lightning_trainer, datamodule)}
         classes, temperature = facts_of(datamodule).get("classes"), results.get("val/temperature")
         results |= scores(predictions.probabilities, predictions.labels, classes, temperature)
         if is_first:

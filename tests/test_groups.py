@@ -24,7 +24,7 @@ from mnist_lit.model import MNISTClassifier
 from mnist_lit.schedulers import LENGTHS
 from mnist_lit.storage import runs
 from mnist_lit.train import train
-from mnist_lit.training.harness import build_augmentation, build_loss, build_trainer
+from mnist_lit.training.harness import build_module, build_trainer
 
 
 def options(group: str) -> list[str]:
@@ -167,7 +167,7 @@ def test_an_augmentation_of_the_group_trains_and_resumes_exactly(name: str, tmp_
 def test_an_augmentation_changes_each_image_by_itself_and_keeps_what_it_shows(
     name: str, sample: MNISTDataModule
 ) -> None:
-    augment = build_augmentation(settings("train", f"augment={name}")["augment"])
+    augment = build_module("augment", settings("train", f"augment={name}")["augment"])
     assert augment
     images = sample.test_images[:1].float().reshape(1, 1, 28, 28).expand(50, -1, -1, -1) / 255
     torch.manual_seed(0)
@@ -191,7 +191,7 @@ def test_a_loss_of_the_group_is_what_training_minimizes_and_resumes_exactly(name
     assert "loss" not in str(content["hyper_parameters"]) + str(content["state_dict"].keys())
 
     images, labels = torch.rand(5, 1, 28, 28), torch.arange(5)
-    of_config = build_loss(settings("train", f"loss={name}")["loss"])
+    of_config = build_module("loss", settings("train", f"loss={name}")["loss"])
     assert of_config
     classifier = MNISTClassifier(loss=of_config).eval()
     logits = classifier.network(images)

@@ -22,7 +22,7 @@ from mnist_lit.cli.resume import continued, find
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.storage import runs
 from mnist_lit.train import train
-from mnist_lit.training.callbacks import SeedEachBatch
+from mnist_lit.training.always import SeedEachBatch
 
 VARIANTS = {
     "plain": [],

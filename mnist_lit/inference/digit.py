@@ -23,6 +23,7 @@ from mnist_lit.inference.ink import (
 
 BOX = 20  # pixels: the side of the box in an MNIST image that the digit is fitted into
 MIN_STROKE = 1.6  # thinner strokes are thickened to this many pixels of the box; MNIST's have 2 to 3
+NARROW = 0.22  # of the longer side of a digit's box is the width of any stroke's widest place
 STROKE = 0.45  # of full ink belongs to a stroke
 FAINT = 0.2  # of full ink may belong to a line of the paper
 MAX_SLOPE = 0.1  # of the lines of the paper
@@ -100,7 +101,7 @@ class Shape(NamedTuple):
         alike: The numbers of the parts that may be the main part of a digit.
         free: The numbers of those that are neither a frame nor come in from the edge.
         contact: The fraction of the image's border that it touches.
-        width: Of its widest place, as a fraction of the longer side of its box.
+        width: Of its widest place, as a fraction of the longer side of its box; an upper bound if that is below ``NARROW``.
         width_of_others: Of the widest place of the others, as a fraction of the image's shorter side, if they are more.
     """
 
@@ -116,7 +117,7 @@ class Shape(NamedTuple):
 
     @property
     def is_of_strokes(self) -> bool:
-        blot = self.width > 0.4 or (self.contact > 0.1 and self.width > 0.22)
+        blot = self.width > 0.4 or (self.contact > 0.1 and self.width > NARROW)
         return not blot and self.width_of_others < 0.12
 
 
@@ -147,6 +148,7 @@ def _find(ink: np.ndarray) -> Shape | None:
         main, own, alike, free, aside = _chosen(parts, boxes)
     mask = np.append(False, own)[parts]
     others = (parts > 0) & ~mask
+    longer = max(side.stop - side.start for side in boxes[main])
     more = np.count_nonzero(others) > np.count_nonzero(mask)
     return Shape(
         mask,
@@ -156,7 +158,7 @@ def _find(ink: np.ndarray) -> Shape | None:
         1 + np.flatnonzero(alike),
         1 + np.flatnonzero(free),
         contact=float(border(mask).mean()),
-        width=2 * half_width(mask[boxes[main]]) / max(side.stop - side.start for side in boxes[main]),
+        width=2 * half_width(mask[boxes[main]], NARROW / 2 * longer) / longer,
         width_of_others=2 * half_width(others) / min(ink.shape) if more else 0.0,
     )
 
@@ -294,8 +296,10 @@ def _fitted_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | N
 
 def _fitted(ink: np.ndarray, mask: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The strokes ``mask`` in the 20x20 box, centred by mass, without ``others``: uint8 [28, 28]."""
-    around = 2 * max(1, max(ink.shape) // 100) + 1
-    ink = ink * (ndimage.maximum_filter(mask, around) & ~others)
+    around = max(1, max(ink.shape) // 100)
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    box = tuple(slice(max(0, side[0] - around), side[-1] + around + 1) for side in (rows, columns))
+    ink = ink[box] * (ndimage.maximum_filter(mask[box], 2 * around + 1) & ~others[box])
     rows, columns = (np.flatnonzero((ink > FAINT).any(axis)) for axis in (1, 0))
     ink = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     scale = BOX / max(ink.shape)

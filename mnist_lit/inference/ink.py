@@ -116,9 +116,12 @@ def _is_dark(dark: np.ndarray, light: np.ndarray, smooth: np.ndarray) -> bool:
     return surrounded(gaps, inked) - surrounded(inked, gaps) + vote > 0
 
 
-def half_width(mask: np.ndarray) -> float:
-    """Half the width, in pixels, of the widest place in ``mask``."""
-    return float(ndimage.distance_transform_edt(np.pad(mask, 1)).max())
+def half_width(mask: np.ndarray, least: float = 0.0) -> float:
+    """Half the width, in pixels, of the widest place in ``mask``; if that is below ``least``, it may be an upper bound."""
+    framed = np.pad(mask, 1)
+    # No Euclidean distance is larger than the one in moves of a chess king times the root of two, which takes less time.
+    bound = 2**0.5 * float(ndimage.distance_transform_cdt(framed, "chessboard").max()) if least else np.inf
+    return bound if bound < least else float(ndimage.distance_transform_edt(framed).max())
 
 
 def border(grey: np.ndarray) -> np.ndarray:

@@ -131,7 +131,7 @@ def _filters(network: nn.Module) -> list[str]:
         return []
     kernels = first.weight.detach().cpu().float().numpy()[:, 0]
     colors = matplotlib.colormaps["RdBu_r"](kernels / (2 * abs(kernels).max() or 1) + 0.5, bytes=True)
-    return [_data_url(kernel[:, :, :3]) for kernel in colors]
+    return [_data_url(Image.fromarray(kernel[:, :, :3])) for kernel in colors]
 
 
 def _feature_maps(network: nn.Module, images: Tensor | None) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def _tiles(maps: Tensor) -> str:
     colors = matplotlib.colormaps["viridis"](range(256), bytes=True)[:, :3]
     image = Image.fromarray((grid * 255).byte().numpy(), "L")
     image.putpalette(colors.tobytes())  # a third of the bytes to compress
-    return _url(image)
+    return _data_url(image)
 
 
 def _worst_mistakes(predictions: Any) -> list[dict[str, Any]]:
@@ -179,14 +179,10 @@ def _picture(image: Tensor) -> str:
         return ""
     low, high = min(0.0, float(image.min())), max(1.0, float(image.max()))
     pixels = ((image - low) / (high - low) * 255).round().to(torch.uint8)
-    return _data_url((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy())
+    return _data_url(Image.fromarray((pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy()))
 
 
-def _data_url(pixels: Any) -> str:
-    return _url(Image.fromarray(pixels))
-
-
-def _url(image: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -120,9 +120,8 @@ def training_table(results: dict[str, Any], folder: Path) -> str:
 def evaluation_table(results: dict[str, Any], folder: Path) -> str:
     lines = ["digit  images  precision  recall      F1"]
     for row in results["test/digits"]:
-        lines.append(
-            f"{row['digit']:5}{row['images']:8}{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}  {row.get('name', '')}".rstrip()
-        )
+        figures = f"{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}"
+        lines.append(f"{row['digit']:5}{row['images']:8}{figures}  {row.get('name', '')}".rstrip())
     lines.append("")
     titles = {**OWN_SCORES, **{f"test/{name}": name for name in further_metrics(results)}}
     lines += [f"test {title:26}{results[key]:.4f}" for key, title in titles.items() if key in results]

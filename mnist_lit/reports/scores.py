@@ -29,10 +29,9 @@ class PredictionCollector(L.Callback):
     examples: Tensor | None = None
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._batches: list[
-            tuple[Tensor, Tensor, Tensor]
-        ] = []  # of this process: place in the test set, labels, outputs
-        self._mistakes: list[tuple[float, int, Tensor]] = []  # of this process: confidence, place, image
+        # Of this process: place in the test set, labels, outputs; and confidence, place, image.
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._mistakes: list[tuple[float, int, Tensor]] = []
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any

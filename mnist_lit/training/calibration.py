@@ -26,9 +26,8 @@ class BestTemperature(Metric):
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: logits [B, classes] and labels [B]."""
         scaled = logits.detach().float() / TEMPERATURES.to(logits.device)[:, None, None]
-        self.losses += scaled.logsumexp(dim=2).sum(1) - scaled.gather(2, labels.expand(len(scaled), -1)[..., None]).sum(
-            (1, 2)
-        )
+        right = scaled.gather(2, labels.expand(len(scaled), -1)[..., None])
+        self.losses += scaled.logsumexp(dim=2).sum(1) - right.sum((1, 2))
 
     def compute(self) -> Tensor:
         return TEMPERATURES[self.losses.argmin().cpu()]

@@ -16,7 +16,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, Timer
-from lightning.pytorch.trainer.states import TrainerFn
 
 from mnist_lit import Interrupted, UserError, compat
 from mnist_lit.storage.atomic import atomic_path, sync_folder
@@ -201,8 +200,7 @@ class Checkpoints(Checkpoint):
                 compat.as_start_of_epoch(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            _compare_environments(checkpoint["machine"], _environment(trainer))
+        _compare_environments(checkpoint["machine"], _environment(trainer))
 
     # Signals
 

@@ -27,6 +27,7 @@ from mnist_lit.data import MNISTDataModule
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import described, facts_of
 from mnist_lit.storage.tables import one_line
+from mnist_lit.training.always import TerminateOtherRanks
 from mnist_lit.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mnist_lit.training.memory import peak_memory_bytes
 from mnist_lit.training.progress import ProgressBar
@@ -121,24 +122,19 @@ def build_metrics(config: dict[str, Any] | None) -> dict[str, Metric]:
     return built
 
 
-def build_augmentation(config: dict[str, Any] | None) -> nn.Module | None:
-    """What the section ``augment`` says, with its class and arguments; null is none."""
+def build_module(section: str, config: dict[str, Any] | None) -> nn.Module | None:
+    """What the section ``augment`` or ``loss`` says, with its class and arguments; null is none."""
     if not config:
         return None
     try:
-        return instantiate("augment", config, nn.Module)
+        return instantiate(section, config, nn.Module)
     except UserError as error:
         if getattr(error.__cause__, "name", "") != "kornia":
             raise
-        raise UserError("augment needs a package that is not installed: pip install kornia") from error
+        raise UserError(f"{section} needs a package that is not installed: pip install kornia") from error
 
 
-def build_loss(config: dict[str, Any] | None) -> nn.Module | None:
-    """What the section ``loss`` says, with its class and arguments; null is none."""
-    return instantiate("loss", config, nn.Module) if config else None
-
-
-def checkpoints(folder: Path, arguments: dict[str, Any], trainer: dict[str, Any]) -> Checkpoints:
+def build_checkpoints(folder: Path, arguments: dict[str, Any], trainer: dict[str, Any]) -> Checkpoints:
     """The callback that writes checkpoints, unless the section ``trainer`` disables them.
 
     Args:
@@ -146,18 +142,6 @@ def checkpoints(folder: Path, arguments: dict[str, Any], trainer: dict[str, Any]
     """
     enabled = bool(trainer.get("enable_checkpointing", True)) and not trainer.get("fast_dev_run")
     return call("checkpoint", Checkpoints, folder, enabled=enabled, **arguments)
-
-
-class TerminateOtherRanks(L.Callback):
-    """When this process fails, kills those that Lightning has started from it."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        started = compat.launched_processes(trainer)
-        others = started[:]
-        started.clear()  # Lightning's observer looks at this list, and would kill this process for one of them
-        for process in others:
-            process.kill()
-            process.wait()
 
 
 def prepare_data(
@@ -189,7 +173,9 @@ def prepare_data(
             raise UserError(f"trainer.limit_{stage}_batches={limit}: selects no batch (there are {batches})")
     if "train" not in stages:
         return
-    for name, metric in _monitored(trainer, scheduler).items():
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    monitored = {f"callbacks: {type(each).__name__}": getattr(each, "monitor", None) for each in callbacks}
+    for name, metric in {**monitored, "scheduler": (scheduler or {}).get("monitor")}.items():
         if str(metric).startswith("val") and not data.facts["val"]:
             raise UserError(f"{name} monitors {metric}, and there is no validation split: set data.val_size")
     count, processes, interval = data.facts["train"], trainer.world_size, arguments.get("val_check_interval")
@@ -203,12 +189,6 @@ def prepare_data(
         )
 
 
-def _monitored(trainer: L.Trainer, scheduler: dict[str, Any] | None) -> dict[str, str | None]:
-    """The metric that each callback and the scheduler monitors."""
-    monitored = {f"callbacks: {type(each).__name__}": getattr(each, "monitor", None) for each in _callbacks(trainer)}
-    return {**monitored, "scheduler": (scheduler or {}).get("monitor")}
-
-
 @contextmanager
 def fitting(trainer: L.Trainer) -> Iterator[None]:
     """In this block, log lines appear above the progress bar; at its end, those that stopped the run early say why.
@@ -220,10 +200,9 @@ def fitting(trainer: L.Trainer) -> Iterator[None]:
     try:
         with bar:
             yield
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
     except Exception as error:
-        if "conditioned on metric" in str(error):  # early stopping's, at the end of the first epoch
+        # The second is early stopping's, at the end of the first epoch.
+        if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
             raise UserError(" ".join(str(error).split())) from error
         if large := re.fullmatch(r"Target (\d+) is out of bounds.*", str(error)):  # a GPU does not say so
             raise UserError(
@@ -234,14 +213,9 @@ def fitting(trainer: L.Trainer) -> Iterator[None]:
             raise
         what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{trainer.ckpt_path} cannot be resumed: its state does not fit this run ({what})") from error
-    for callback in _callbacks(trainer):
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if reason := getattr(callback, "stopping_reason_message", None):
             log.info("stopped early: %s", " ".join(reason.split()))
-
-
-def _callbacks(trainer: Any) -> list[Any]:
-    callbacks: list[Any] = trainer.callbacks  # public, but Lightning does not declare it
-    return callbacks
 
 
 def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str, Any], resume: Any) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 
 from mnist_lit import Interrupted
 from mnist_lit.storage.atomic import atomic_write
@@ -76,7 +75,8 @@ class RunRecorder(L.Callback):
         self._pause(trainer)
         epoch = trainer.current_epoch + 1
         # Not from callback_metrics: the model's own hook, which logs these, runs after the callbacks'.
-        row = {"epoch": epoch, **_named("train", pl_module.stage_metrics("train").compute())}
+        trained = pl_module.stage_metrics("train").compute()
+        row = {"epoch": epoch, **{f"train/{name}": value for name, value in trained.items()}}
         if self.validations and self.validations[-1]["epoch"] == epoch:
             row |= self.validations[-1]
         row |= {"epoch_seconds": self._seconds, "images_per_second": self._images / max(self._seconds, 1e-9)}
@@ -126,8 +126,6 @@ class RunRecorder(L.Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:  # best.ckpt is loaded for testing
-            return
         recorded = checkpoint["recorded"]
         self.history, self.validations = recorded["history"], recorded["validations"]
         self._seconds, self._fit_seconds = recorded["seconds"], recorded["fit_seconds"]
@@ -144,10 +142,6 @@ def _now(trainer: L.Trainer) -> float:
     if here and here.type == device.type:  # kernels run asynchronously
         torch.accelerator.synchronize(device)
     return time.perf_counter()
-
-
-def _named(stage: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{stage}/{name}": value for name, value in values.items()}
 
 
 def _states_of_all_ranks(trainer: L.Trainer, pl_module: Any) -> list[dict[str, dict[str, torch.Tensor]]]:

@@ -1,0 +1,83 @@
+"""Callbacks that every training run has: seeding for exact resume, a stop at a loss that is not finite, cleanup."""
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from mnist_lit import UserError, compat
+from mnist_lit.batches import number_from
+from mnist_lit.training.progress import epoch_name
+
+
+class SeedEachBatch(L.Callback):
+    """Reseeds the generators that dropout uses before each training batch, from seed, epoch, batch index and rank.
+
+    And before each epoch, for loaders that shuffle by PyTorch's global generator.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._loader_has_iterator = True
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.default_generator.manual_seed(number_from("epoch", self.seed, trainer.current_epoch))
+        # In the first epoch of a process, also of a resumed run, Lightning has made the loader's iterator before this.
+        if self._loader_has_iterator:
+            torch.empty((), dtype=torch.int64).random_()  # what making one draws
+            self._loader_has_iterator = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, idx: int) -> None:
+        number = number_from("batch", self.seed, trainer.current_epoch, idx, trainer.global_rank)
+        # Not torch.manual_seed(): it also queues the call for unused devices, which takes a millisecond.
+        torch.default_generator.manual_seed(number)
+        if pl_module.device.type != "cpu":  # torch.cuda, torch.mps ...
+            seed_device = getattr(getattr(torch, pl_module.device.type, None), "manual_seed", None)
+            if seed_device:  # other devices draw from the CPU's generator
+                seed_device(number)
+
+
+class StopOnNaN(L.Callback):
+    """Stops a run at the first NaN or infinite loss, before any checkpoint is overwritten.
+
+    On a GPU the loss is checked every few steps, to avoid a synchronization at each; the step reported is exact.
+    """
+
+    CHECK_EVERY = 50
+
+    def __init__(self) -> None:
+        self._first: torch.Tensor | None = None  # the first step with such a loss; 0 for none
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        finite = outputs["loss"].detach().isfinite()
+        if finite.device.type == "cpu":
+            if not finite:
+                self._stop(trainer, trainer.global_step)
+            return
+        step = torch.full_like(finite, trainer.global_step, dtype=torch.int64)
+        now = torch.where(finite, 0, step)
+        self._first = now if self._first is None else torch.where(self._first == 0, now, self._first)
+        due = trainer.global_step % self.CHECK_EVERY == 0 or trainer.is_last_batch
+        if due and (first := int(self._first)):
+            self._stop(trainer, first)
+
+    def _stop(self, trainer: L.Trainer, step: int) -> None:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        raise UserError(
+            f"the loss is not finite at step {step} ({epoch_name(trainer)}), with optimizer.lr={rate:g}: training "
+            "stopped; earlier checkpoints are unchanged"
+        )
+
+
+class TerminateOtherRanks(L.Callback):
+    """When this process fails, kills those that Lightning has started from it."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        started = compat.launched_processes(trainer)
+        others = started[:]
+        started.clear()  # Lightning's observer looks at this list, and would kill this process for one of them
+        for process in others:
+            process.kill()
+            process.wait()
