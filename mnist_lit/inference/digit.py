@@ -23,8 +23,9 @@ from mnist_lit.inference.ink import (
 
 BOX = 20  # pixels: the side of the box in an MNIST image that the digit is fitted into
 MIN_STROKE = 1.6  # thinner strokes are thickened to this many pixels of the box; MNIST's have 2 to 3
-NARROW = 0.22  # of the longer side of a digit's box is the width of any stroke's widest place
+NARROW = 0.22  # of the longer side of a digit's box: what is wider may be no stroke
 STROKE = 0.45  # of full ink belongs to a stroke
+DARKER = 1.6  # of what is full ink for most of a shape are strokes that the rest of it is no part of
 FAINT = 0.2  # of full ink may belong to a line of the paper
 MAX_SLOPE = 0.1  # of the lines of the paper
 EVERY = np.ones((3, 3), bool)  # a pixel's eight neighbours touch it
@@ -68,7 +69,7 @@ def each_to_mnist(grey: np.ndarray) -> list[np.ndarray]:
 
 
 def _found(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
-    """How much ink each pixel has, float32 [h, w] from 0 to 1, and where the digit's strokes are in it.
+    """How much ink each pixel has, float32 [h, w] with 1 for full ink, and where the digit's strokes are in it.
 
     Raises:
         ImageError: No ink stands out from the paper.
@@ -82,12 +83,28 @@ def _found(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
         if ink is None or not (shape := _find(ink)):
             continue
         if shape.is_of_strokes and (estimate is ink_on_paper or shape.contact < 0.01):
-            return ink, shape
+            return _darkest(ink, shape)
         if estimate is ink_on_paper:
             usual = ink, shape
     if not usual:
         raise ImageError("is blank")
     return usual
+
+
+def _darkest(ink: np.ndarray, shape: "Shape") -> tuple[np.ndarray, "Shape"]:
+    """``ink`` and ``shape`` by the darkest strokes alone, if they are much darker than the rest: than squared paper's lines."""
+    darkest = float(np.percentile(ink[shape.mask], 97))
+    if darkest < DARKER:
+        return ink, shape
+    darker = ink / (0.9 * darkest)
+    darker[darker < FAINT] = 0
+    if (
+        not (found := _find(darker))
+        or not found.is_of_strokes
+        or (found.mask & shape.mask).sum() < 0.9 * found.mask.sum()
+    ):
+        return ink, shape
+    return darker, found
 
 
 class Shape(NamedTuple):
@@ -299,7 +316,7 @@ def _fitted(ink: np.ndarray, mask: np.ndarray, others: np.ndarray) -> np.ndarray
     around = max(1, max(ink.shape) // 100)
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     box = tuple(slice(max(0, side[0] - around), side[-1] + around + 1) for side in (rows, columns))
-    ink = ink[box] * (ndimage.maximum_filter(mask[box], 2 * around + 1) & ~others[box])
+    ink = ink[box].clip(0, 1) * (ndimage.maximum_filter(mask[box], 2 * around + 1) & ~others[box])
     rows, columns = (np.flatnonzero((ink > FAINT).any(axis)) for axis in (1, 0))
     ink = _thickened(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     scale = BOX / max(ink.shape)

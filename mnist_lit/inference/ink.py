@@ -51,7 +51,7 @@ def ink_on_paper(grey: np.ndarray) -> np.ndarray:
     """Ink on paper that fills the image and may be unevenly lit.
 
     Returns:
-        float32 [H, W] from 0 to 1, exactly 0 on the paper.
+        float32 [H, W]: exactly 0 on the paper, about 1 for most of the ink, and more for what is darker still.
 
     Raises:
         ImageError: None stands out.
@@ -66,7 +66,7 @@ def ink_on_paper(grey: np.ndarray) -> np.ndarray:
     full = float(np.percentile(difference[difference > max(0.3 * highest, 4 * noise)], 75))
     ink = difference / (0.9 * full)
     ink[ink < max(0.2, 3 * noise / full)] = 0
-    return np.asarray(ink.clip(0, 1), dtype=np.float32)
+    return np.asarray(ink, dtype=np.float32)
 
 
 def ink_beside(grey: np.ndarray) -> np.ndarray | None:
