@@ -174,6 +174,14 @@ def _structure() -> Any:
             inside += [one for one in each.values() if isinstance(one, dict)]
         return value
 
+    def check_states(value: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+        """What an optimizer keeps for each weight is of the same type for all, or its first step fails."""
+        types: dict[str, type] = {}
+        for key, entry in (pair for state in value.values() for pair in state.items()):
+            if types.setdefault(key, type(entry)) is not type(entry):
+                raise ValueError(f"must have a {types[key].__name__} as {key} for each weight, or for none")
+        return value
+
     carries_along = with_config(ConfigDict(extra="allow", strict=True))
     section = dict[str, Any]
     plain_section = Annotated[dict[str, Any], AfterValidator(check_plain)]
@@ -192,6 +200,11 @@ def _structure() -> Any:
     class Machine(TypedDict):
         versions: dict[str, str]
         processes: int
+
+    @carries_along
+    class OptimizerState(TypedDict):
+        state: Annotated[dict[Any, dict[str, Any]], AfterValidator(check_states)]
+        param_groups: list[section]
 
     @carries_along
     class Recorded(TypedDict):
@@ -213,7 +226,7 @@ def _structure() -> Any:
         loops: NotRequired[Annotated[section, AfterValidator(check_progress)]]
         recorded: NotRequired[Recorded]
         callbacks: NotRequired[section]
-        optimizer_states: NotRequired[list[section]]
+        optimizer_states: NotRequired[list[OptimizerState]]
         lr_schedulers: NotRequired[list[section]]
 
     return TypeAdapter(Checkpoint)

@@ -14,6 +14,8 @@ class AffineElastic(nn.Sequential):
         shear: The largest angle of the shear.
         alpha: The size of the elastic displacements, in ``RandomElasticTransform``'s unit.
         sigma: Standard deviation in pixels of the Gaussian that smooths them.
+        p: The fraction of the images that get an affine map.
+        p_elastic: The fraction that get an elastic one; it blurs the strokes a little, and the test's are not blurred.
     """
 
     def __init__(
@@ -24,9 +26,11 @@ class AffineElastic(nn.Sequential):
         shear: float,
         alpha: float,
         sigma: float,
+        p: float = 1.0,
+        p_elastic: float = 1.0,
     ) -> None:
         size = 2 * round(2.5 * sigma) + 1  # of the Gaussian's kernel
         super().__init__(
-            RandomAffine(degrees, translate, scale, shear, p=1.0),
-            RandomElasticTransform((size, size), (sigma, sigma), (alpha, alpha), p=1.0),
+            RandomAffine(degrees, translate, scale, shear, p=p),
+            RandomElasticTransform((size, size), (sigma, sigma), (alpha, alpha), p=p_elastic),
         )

@@ -200,6 +200,10 @@ class Checkpoints(Checkpoint):
                 compat.as_start_of_epoch(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning would take what is missing for the beginning of the run.
+        if missing := trainer.fit_loop.state_dict().keys() - checkpoint["loops"]["fit_loop"].keys():
+            lacks = f"it has no {', '.join(sorted(missing))}"
+            raise UserError(f"{trainer.ckpt_path} cannot be resumed: its state does not fit this run ({lacks})")
         _compare_environments(checkpoint["machine"], _environment(trainer))
 
     # Signals
