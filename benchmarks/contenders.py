@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-BATCH, STEPS = 500, 10
+BATCH = 500
+FIRST = [slice(number * BATCH, (number + 1) * BATCH) for number in range(10)]  # the first ten batches
 
 
 def initial_weights() -> list[np.ndarray]:
@@ -107,7 +109,7 @@ def torch_loop(network_of: Callable[[float], Any], data: str, epochs: int, batch
         return loss
 
     if not epochs:
-        return [step(slice(i * BATCH, (i + 1) * BATCH)).item() for i in range(STEPS)]
+        return [step(batch).item() for batch in FIRST]
 
     def epoch() -> None:
         for batch in shuffled(len(labels), batches):
@@ -116,25 +118,13 @@ def torch_loop(network_of: Callable[[float], Any], data: str, epochs: int, batch
     return timed(epochs, epoch)
 
 
-def plain_pytorch(data: str, epochs: int, batches: int) -> Any:
-    return torch_loop(literal_network, data, epochs, batches)
-
-
-def own_step(data: str, epochs: int, batches: int) -> Any:
+def own_step(cpu_kernel: bool, data: str, epochs: int, batches: int) -> Any:
+    """Without the kernel it is what runs where there is no compiler."""
     from mnist_lit.network import TutorialCNN
     from mnist_lit.training.memory import keep_freed_memory
 
     keep_freed_memory()
-    return torch_loop(TutorialCNN, data, epochs, batches)
-
-
-def own_plain_step(data: str, epochs: int, batches: int) -> Any:
-    """What runs where there is no compiler."""
-    from mnist_lit.network import TutorialCNN
-    from mnist_lit.training.memory import keep_freed_memory
-
-    keep_freed_memory()
-    return torch_loop(lambda dropout: TutorialCNN(dropout, cpu_kernel=False), data, epochs, batches)
+    return torch_loop(partial(TutorialCNN, cpu_kernel=cpu_kernel), data, epochs, batches)
 
 
 def lightning(workers: int, data: str, epochs: int, batches: int, accelerator: str = "cpu") -> Any:
@@ -161,8 +151,6 @@ def lightning(workers: int, data: str, epochs: int, batches: int, accelerator: s
             return torch.optim.Adadelta(self.parameters(), lr=1.0, rho=0.95, eps=1e-7)
 
     class Clock(L.Callback):
-        seconds: list[float]
-
         def on_train_epoch_start(self, *_: Any) -> None:
             self.started = time.perf_counter()
 
@@ -210,10 +198,7 @@ def keras(backend: str, data: str, epochs: int, batches: int) -> Any:
     one_hot = k.utils.to_categorical(labels, 10)
     if not epochs:
         model.set_weights(for_channels_last(initial_weights()))
-        return [
-            float(model.train_on_batch(images[i : i + BATCH], one_hot[i : i + BATCH]))
-            for i in range(0, STEPS * BATCH, BATCH)
-        ]
+        return [float(model.train_on_batch(images[batch], one_hot[batch])) for batch in FIRST]
     some = batches * BATCH
     return timed(epochs, lambda: model.fit(images[:some], one_hot[:some], BATCH, epochs=1, verbose=0))
 
@@ -260,7 +245,7 @@ def flax_optax(data: str, epochs: int, batches: int) -> Any:
         updates, state = optimizer.update(gradient, state, parameters)
         return optax.apply_updates(parameters, updates), state, loss
 
-    def run(parts: Iterator[Any]) -> list[float]:
+    def run(parts: Iterable[Any]) -> list[float]:
         nonlocal parameters, state
         losses = []
         for part in parts:
@@ -269,7 +254,7 @@ def flax_optax(data: str, epochs: int, batches: int) -> Any:
         return [float(loss) for loss in losses]
 
     if not epochs:
-        return run(iter([slice(i * BATCH, (i + 1) * BATCH) for i in range(STEPS)]))
+        return run(FIRST)
     return timed(epochs, lambda: run(shuffled(len(labels), batches)))
 
 
@@ -316,11 +301,11 @@ def tinygrad(data: str, epochs: int, batches: int) -> Any:
         loss.backward()
         return loss.realize(*optimizer.schedule_step())
 
-    def run(parts: Iterator[Any]) -> list[float]:
+    def run(parts: Iterable[Any]) -> list[float]:
         return [step(Tensor(images[p].reshape(-1, 1, 28, 28)), Tensor(labels[p])).item() for p in parts]
 
     if not epochs:
-        return run(iter([slice(i * BATCH, (i + 1) * BATCH) for i in range(STEPS)]))
+        return run(FIRST)
     return timed(epochs, lambda: run(shuffled(len(labels), batches)))
 
 
@@ -341,15 +326,15 @@ def mnist_lit(data: str, epochs: int, batches: int) -> Any:
 
 CONTENDERS: dict[str, Callable[[str, int, int], Any]] = {
     "mnist_lit, as shipped": mnist_lit,
-    "mnist_lit's step without Lightning": own_step,
-    "the same without the compiled operator": own_plain_step,
-    "plain PyTorch loop": plain_pytorch,
-    "Lightning as tutorials write it": lambda *arguments: lightning(0, *arguments),
-    "Lightning as tutorials write it, 1 worker": lambda *arguments: lightning(1, *arguments),
-    "Lightning as tutorials write it, 2 workers": lambda *arguments: lightning(2, *arguments),
-    "Keras 3 on TensorFlow": lambda *arguments: keras("tensorflow", *arguments),
-    "Keras 3 on JAX": lambda *arguments: keras("jax", *arguments),
-    "Keras 3 on PyTorch": lambda *arguments: keras("torch", *arguments),
+    "mnist_lit's step without Lightning": partial(own_step, True),
+    "the same without the compiled operator": partial(own_step, False),
+    "plain PyTorch loop": partial(torch_loop, literal_network),
+    "Lightning as tutorials write it": partial(lightning, 0),
+    "Lightning as tutorials write it, 1 worker": partial(lightning, 1),
+    "Lightning as tutorials write it, 2 workers": partial(lightning, 2),
+    "Keras 3 on TensorFlow": partial(keras, "tensorflow"),
+    "Keras 3 on JAX": partial(keras, "jax"),
+    "Keras 3 on PyTorch": partial(keras, "torch"),
     "Flax and Optax": flax_optax,
     "tinygrad": tinygrad,
 }

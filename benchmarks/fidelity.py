@@ -62,27 +62,25 @@ def train_keras(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     return result
 
 
+def train_here(folder: Path, data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """The results of a training in ``folder``, which goes on there if it has begun."""
+    where = f"resume={folder}" if (folder / "config.yaml").exists() else f"hydra.run.dir={folder}"
+    # On the CPU unless a variant says otherwise: a GPU would not run the operator as shipped.
+    asked = ["trainer.accelerator=cpu", *overrides, f"data.dir={data}", "data.source=mnist", f"seed={seed}"]
+    command = [sys.executable, "-m", "mnist_lit.train", where, *asked]
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    results: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return results
+
+
 def train_ours(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     folder = RUNS / "_".join([*overrides, f"seed={seed}"])
-    where = f"resume={folder}" if (folder / "config.yaml").exists() else f"hydra.run.dir={folder}"
-    settings = [f"data.dir={data}", "data.source=mnist", f"seed={seed}", "trainer.enable_progress_bar=false"]
-    device = "trainer.accelerator=cpu"  # unless a variant says otherwise: a GPU would not run the operator as shipped
-    subprocess.run(
-        [sys.executable, "-m", "mnist_lit.train", where, device, *overrides, *settings],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    results = json.loads((folder / "metrics.json").read_text())
+    results = train_here(folder, data, seed, overrides)
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     return {
-        "test/acc": results["test/acc"],
-        "test/loss": results["test/loss"],
-        "train/acc": [float(row["train/acc"]) for row in rows],
-        "train/loss": [float(row["train/loss"]) for row in rows],
+        **{key: results[key] for key in ("test/acc", "test/loss", "device", "versions")},
+        **{key: [float(row[key]) for row in rows] for key in ("train/acc", "train/loss")},
         "seconds": results["fit_seconds"],
-        "device": results["device"],
-        "versions": results["versions"],
     }
 
 

@@ -81,7 +81,7 @@ def launch(
             elif multirun:
                 if not sweep:
                     raise UserError("-m: only train makes sweeps")
-                if ranks.by_torchrun():
+                if ranks.started_together():
                     raise UserError("torchrun starts the processes of one run: leave out -m")
                 sweep(verb, files, flags, hydra_main)
             else:
@@ -143,7 +143,7 @@ class VerbRun:
         if not self.run_folder:
             _check(self.verb, config)
             return
-        if ranks.by_torchrun():
+        if ranks.started_together():
             ranks.take_starters_numbers(config)
             folder, start = ranks.decided_by_first(lambda earlier: self._decide(config, *(earlier or ())[:1]))
         elif ranks.is_first():
@@ -310,7 +310,7 @@ def claimed(key: str, value: str | None, typed: bool) -> Path:
 
 def _refuse_what_is_missing(trainer: dict[str, Any]) -> None:
     accelerator, machines = trainer.get("accelerator"), trainer.get("num_nodes", 1)
-    if machines > 1 and not ranks.by_torchrun():  # each would make its own folder and wait for the others
+    if machines > 1 and not ranks.started_together():  # each would make its own folder and wait for the others
         raise UserError(f"trainer.num_nodes={machines}: start several machines with torchrun or srun (see README.md)")
     # Where the system itself has no GPU there is no need to import torch to find that out.
     devices = ("nvidia[0-9]*", "nvidiactl", "nvmap", "nvhost-gpu", "dxg", "kfd")  # NVIDIA, Jetson, WSL, ROCm

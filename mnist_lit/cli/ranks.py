@@ -35,7 +35,7 @@ class LostProcessError(UserError):
     """Another process of the run has died."""
 
 
-def by_torchrun() -> bool:
+def started_together() -> bool:
     """Whether torchrun, or srun, has started all processes of this run."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
@@ -49,7 +49,7 @@ def by_srun() -> bool:
 
 def adopt_srun() -> None:
     """If srun has started this process, set the variables that torchrun would have set."""
-    if not by_srun() or by_torchrun():  # torchrun can run in a Slurm job
+    if not by_srun() or started_together():  # torchrun can run in a Slurm job
         return
     of_slurm = {key.removeprefix("SLURM_"): value for key, value in os.environ.items() if key.startswith("SLURM_")}
     job, step = int(of_slurm["JOB_ID"]), int(of_slurm["STEP_ID"])
@@ -100,7 +100,7 @@ def is_started_by_another() -> bool:
 
 
 def is_first() -> bool:
-    return os.environ.get("RANK" if by_torchrun() else "LOCAL_RANK", "0") == "0"
+    return os.environ.get("RANK" if started_together() else "LOCAL_RANK", "0") == "0"
 
 
 def take_starters_numbers(config: Any) -> None:
@@ -184,7 +184,7 @@ def _store() -> Any:
 
 def end_with_starter() -> None:
     """From now on, this process ends soon after torchrun's agent, srun's, or the first process, which has started it."""
-    parent.end_with(os.getppid() if by_torchrun() else int(os.environ.get(parent.PARENT, os.getppid())), GRACE)
+    parent.end_with(os.getppid() if started_together() else int(os.environ.get(parent.PARENT, os.getppid())), GRACE)
 
 
 @contextmanager
