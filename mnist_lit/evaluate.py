@@ -47,7 +47,8 @@ def evaluate(
         from mnist_lit.inference.trained import find
 
     path = find(latest.resolve(ckpt))  # before the imports that take ten seconds
-    data, metrics = with_data_of_run(data, path, trust), metrics or metrics_of_run(path, trust)
+    data = with_data_of_run(data, path, trust)
+    metrics = metrics_of_run(path, trust) if metrics is None else metrics
     with loading("torchvision and Lightning"):
         import lightning as L
 

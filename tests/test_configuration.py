@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -38,15 +39,18 @@ REFUSALS = [
     ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps=0: must be greater than or equal to 1"),
     ("float32_matmul_precision=low", "float32_matmul_precision=low: must be 'highest', 'high' or 'medium'"),
     ("debug=all", "debug=all: there is no such choice; there are anomaly, limit, one_batch, overfit, profiler"),
-    ("debug=true", "a group takes the name of one of its files (--help shows them); those that may be empty have none"),
+    (
+        "debug=true",
+        "a group takes the name of one of its files (--help shows them); none switches off those that have it",
+    ),
     ("trainer=5", "trainer=5: must be a valid dictionary"),
     (
         "logger=null",
-        "a group takes the name of one of its files (--help shows them); those that may be empty have none",
+        "a group takes the name of one of its files (--help shows them); none switches off those that have it",
     ),
     (
         "optimizer=null",
-        "a group takes the name of one of its files (--help shows them); those that may be empty have none",
+        "a group takes the name of one of its files (--help shows them); none switches off those that have it",
     ),
     ("+seed=1", "seed exists: leave out the + before it"),
     ("+trainer.fast_dev_run=true", "trainer.fast_dev_run exists: leave out the + before it"),
@@ -261,10 +265,14 @@ def test_help_shows_every_key_with_its_comment() -> None:
 def test_none_switches_a_group_off_whatever_an_experiment_has_chosen() -> None:
     optional = ("augment", "loss", "scheduler", "metrics", "callbacks", "logger")
     off = [f"{group}=none" for group in optional]
-    assert settings("train", *off) == settings("train") | dict.fromkeys(optional)
+    nothing: dict[str, Any] = {group: {} for group in optional}
+    assert settings("train", *off) == settings("train") | nothing
     recipe = settings("train", "experiment=speedrun")
-    assert settings("train", "experiment=speedrun", *off) == recipe | dict.fromkeys(optional)
+    assert settings("train", "experiment=speedrun", *off) == recipe | nothing
     assert recipe["loss"] and recipe["scheduler"]
+    own = {"_target_": "my.Own"}
+    assert settings("train", "callbacks=none", "+callbacks.mine._target_=my.Own")["callbacks"] == {"mine": own}
+    assert "hydra/job_logging" not in settings("train", "hydra/job_logging=none")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").rglob("*.yaml")), ids=lambda path: path.stem)

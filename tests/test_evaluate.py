@@ -192,6 +192,7 @@ def test_without_a_choice_the_runs_own_data_and_metrics_are_taken(tmp_path: Path
     compared = ("data", "test/loss", "test/acc", "test/top2")
     assert {key: found[key] for key in compared} == {key: trained[key] for key in compared}
     assert evaluate(tmp_path / "in_3", **settings("evaluate", *here, "data.batch_size=3"))["data"] == found["data"]
+    assert "test/top2" not in evaluate(tmp_path / "bare", **settings("evaluate", *here, "metrics=none"))
 
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("mnist_lit.image_folder.", "antigravity."))

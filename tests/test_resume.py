@@ -321,6 +321,17 @@ def test_a_run_with_another_optimizer_or_network_goes_on_without_naming_it_again
     assert done.returncode == 0 and "run is finished" in done.stdout, done.stderr
 
 
+def test_none_changes_a_run_that_is_resumed_as_any_other_choice_does(tmp_path: Path, command: Command) -> None:
+    arguments = ["data.source=sample", "model=mlp", "augment=shift", "logger=csv", "trainer.max_epochs=1"]
+    limits = ["trainer.accelerator=cpu", "trainer.limit_train_batches=1", "trainer.limit_test_batches=1"]
+    assert command(*arguments, *limits, "hydra.run.dir=run", cwd=tmp_path).returncode == 0
+    changed = command("resume=run", "augment=none", "trainer.max_epochs=2", cwd=tmp_path)
+    assert changed.returncode == 1 and "run is another run: augment was {'_target_': " in changed.stderr
+    quiet = command("resume=run", "logger=none", "trainer.max_epochs=2", cwd=tmp_path)
+    assert quiet.returncode == 0, quiet.stderr
+    assert [path.name for path in (tmp_path / "run").glob("csv*")] == ["csv"]  # the resumed run would add csv_2
+
+
 def test_a_run_with_the_keys_of_an_older_version_is_resumed(tmp_path: Path, command: Command) -> None:
     import yaml
 

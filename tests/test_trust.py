@@ -332,9 +332,7 @@ def test_38_an_optimizers_state_that_is_no_tensor_for_one_weight_is_refused(stop
     for key in states[0]:
         for value in odd:
             path = saved(tmp_path / "odd.ckpt", with_part(content, ["optimizer_states", 0, "state", 3, key], value))
-            with pytest.raises(
-                UserError, match=rf"optimizer_states\.0\.state must have a \w+ as {key} for each weight"
-            ):
+            with pytest.raises(UserError, match=rf"optimizer_states\.0\.state must have the same kind of {key} for"):
                 read_checkpoint(path)
 
 

@@ -21,7 +21,7 @@ import yaml
 from conftest import Command
 
 from mnist_lit import UserError
-from mnist_lit.cli.config import ConfigFiles, flatten, plain_values, settings
+from mnist_lit.cli.config import ConfigFiles, checked_values, flatten, plain_values, settings
 from mnist_lit.cli.keys import is_one_of
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
@@ -443,6 +443,7 @@ def test_every_key_of_train_is_one_of_tune() -> None:
         [],
         ["optimizer=adam", "trainer.max_epochs=3"],
         ["experiment=adam", "optimizer.betas=[0.8,0.9]"],
+        ["experiment=speedrun", "scheduler=none"],
         ["experiment=validated", "logger=[csv,tensorboard]", "data.dir=elsewhere"],
         ["trainer.max_time=10:00:00:00", "+trainer.limit={a:1}", "trainer.gradient_clip_val=null"],
         ["+model.x='it\\'s, so'", "+model.y=yes", "data.source=sample", "trainer.deterministic=true"],
@@ -462,7 +463,7 @@ def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had
     )
 
     def decisive(files: ConfigFiles, *given: str) -> dict[str, Any]:
-        values = flatten(plain_values(files.compose(given)))
+        values = flatten(checked_values("train", files.compose(given)))
         return {key: value for key, value in values.items() if not is_one_of(key, NOT_SHOWN)}
 
     had = decisive(ConfigFiles("train"), *overrides, *(f"{key}={value}" for key, value in params.items()))

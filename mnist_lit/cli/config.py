@@ -11,7 +11,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
-from mnist_lit.cli.keys import DATA_DIR, OF_ONE_CLASS, PATHS, QUOTED
+from mnist_lit.cli.keys import DATA_DIR, OF_ONE_CLASS, OF_SEVERAL, PATHS, QUOTED
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
@@ -40,10 +40,10 @@ def arguments(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_values(verb: str, config: Any) -> dict[str, Any]:
-    """The ``plain_values`` of a composed configuration, checked, and without the keys that what was typed makes void.
+    """The ``plain_values`` of a composed configuration, checked, and without the keys that no longer apply.
 
-    These are the keys of a class that another one replaces, of a group that ``none`` switches off, and, for evaluate and
-    export, those of the data that nobody has chosen.
+    These are the keys of a class that another one has replaced, of a group that ``none`` switches off, and, for evaluate
+    and export, those of the data that nobody has chosen.
 
     Raises:
         UserError: A required value is missing, or one has a wrong type or is out of range.
@@ -58,13 +58,13 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
     values = plain_values(config)
     of_hydra = config.hydra if "hydra" in config else HydraConfig.get()  # inside a command Hydra keeps it apart
     typed = [key_of(override) for override in of_hydra.overrides.task]
-    for section in OF_ONE_CLASS:
-        if f"{section}._target_" in typed and isinstance(values.get(section), dict):  # the file's keys are another's
-            kept = {key.split(".")[1] for key in typed if key.startswith(f"{section}.")}
+    for section in (*OF_ONE_CLASS, *OF_SEVERAL):
+        is_off = of_hydra.runtime.choices.get(section) == "none"
+        if (is_off or f"{section}._target_" in typed) and isinstance(values.get(section), dict):
+            kept = {
+                key.split(".")[1] for key in typed if key.startswith(f"{section}.")
+            }  # the others are of another class
             values[section] = {key: value for key, value in values[section].items() if key in kept}
-    for section, choice in of_hydra.runtime.choices.items():
-        if choice == "none" and f"{section}._target_" not in typed:  # nor what an experiment says about another choice
-            values[section] = None
     if verb in ("evaluate", "export") and not of_hydra.job.chdir and isinstance(data := values["data"], dict):
         # What nobody has chosen, these take from the run.
         if of_hydra.runtime.choices.get("data") == "mnist" and not {"data", "data._target_"} & {*typed}:

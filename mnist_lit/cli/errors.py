@@ -48,9 +48,7 @@ def as_user_errors(keys: Callable[[], Iterable[str]], groups: Iterable[str]) -> 
             case _ if there := re.search(r"An item is already at '([^']+)'", text):
                 text = f"{there[1]} exists: leave out the + before it"
             case _ if type(error) is ValueError:
-                text = (
-                    "a group takes the name of one of its files (--help shows them); those that may be empty have none"
-                )
+                text = "a group takes the name of one of its files (--help shows them); none switches off those that have it"
             case _ if unknown and text.startswith("Could not delete") and unknown[1] in keys():
                 text = f"{unknown[1]} is null: there is nothing to delete"
             case _ if unknown:

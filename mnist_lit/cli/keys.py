@@ -20,6 +20,8 @@ MAY_CHANGE = (
 AS_LONG_AS_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
 # Sections whose keys are the arguments of one class: naming another on the command line drops those of the file.
 OF_ONE_CLASS = ("data", "augment", "model", "loss", "optimizer", "scheduler")
+# Sections that have a class and its arguments by name.
+OF_SEVERAL = ("metrics", "callbacks", "logger")
 # What ``data.dir`` is in the files of conf/data/, where nobody has chosen.
 DATA_DIR = "data"
 

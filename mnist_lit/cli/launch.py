@@ -224,6 +224,7 @@ class VerbRun:
         unchanged, new = flatten(plain_values(self.files.compose([]))), flatten(asked)
         named = {key_of(override) for override in config.hydra.overrides.task}
         typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
+        typed |= {key for key in named if asked.get(key) == {}}  # GROUP=none
         run = resume.find(start)
         continued = resume.continued(run, asked, typed)
         require_trusted(continued, run.folder / "config.yaml", asked["trust"], chosen=targets(asked))

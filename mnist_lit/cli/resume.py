@@ -96,6 +96,7 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
         UserError: Some of the overrides would change the run; the message names them all.
     """
     own, new = flatten(run.config), flatten(asked)
+    own |= {key: run.config[key] for key in typed if asked.get(key) == {} and run.config.get(key)}  # GROUP=none
     different = sorted(key for key in typed if own.get(key) != new.get(key))
     raised = [key for key in different if key.removeprefix("trainer.") in LIMITS]
     other = [key for key in different if not is_one_of(key, MAY_CHANGE) and key not in raised]

@@ -36,14 +36,17 @@ def _base64(values: Tensor) -> str:
 def feature_maps(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """What the first two convolutions, with ReLU, make of ``images`` [N, 1, H, W]: [N, C, P, Q] by the layer's name.
 
-    A layer that the network does not call has no entry.
+    A layer that the network does not call has no entry; nor has any if the network cannot be copied.
     """
     names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)][:2]
     if not names:
         return {}
     # A copy with the same weights: hooks on the layers themselves would see what other threads predict.
     weights: dict[int, Any] = {id(each): each for each in (*network.parameters(), *network.buffers())}
-    network = copy.deepcopy(network, weights).eval()
+    try:
+        network = copy.deepcopy(network, weights).eval()
+    except Exception:  # noqa: BLE001  # a network of the user's own may hold what cannot be copied
+        return {}
     vars(network)["cpu_kernel"] = False  # it would step aside for the hooks, and say so in the log
     outputs: dict[str, Tensor] = {}
 

@@ -49,12 +49,21 @@ def _check_progress(value: Any) -> Any:
     return value
 
 
-def _check_states(value: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """What an optimizer keeps for each weight is of the same type for all, or its first step fails."""
-    types: dict[str, type] = {}
-    for key, entry in (pair for state in value.values() for pair in state.items()):
-        if types.setdefault(key, type(entry)) is not type(entry):
-            raise ValueError(f"must have a {types[key].__name__} as {key} for each weight, or for none")
+def _check_states(value: dict[Any, Any]) -> dict[Any, Any]:
+    """What an optimizer keeps for each weight, by its number, is of one kind for all of them, or its first step fails."""
+    kinds: dict[str, str] = {}
+    for state in (state for weight, state in value.items() if isinstance(weight, int)):
+        if not isinstance(state, dict):
+            raise ValueError(f"must have a dictionary for each weight, not a {type(state).__name__}")  # noqa: TRY004
+        for key, entry in ((key, entry) for key, entry in state.items() if entry is not None):
+            numeric = (
+                "tensor" if isinstance(entry, torch.Tensor) else "number" if isinstance(entry, (int, float)) else ""
+            )
+            kind = numeric or type(entry).__name__
+            if kinds.setdefault(key, kind) != kind:
+                raise ValueError(
+                    f"must have the same kind of {one_line(key)} for all weights, not {kinds[key]} and {kind}"
+                )
     return value
 
 
@@ -83,7 +92,7 @@ class Machine(TypedDict):
 
 @_carries_along
 class OptimizerState(TypedDict):
-    state: Annotated[dict[Any, dict[str, Any]], AfterValidator(_check_states)]
+    state: Annotated[dict[Any, Any], AfterValidator(_check_states)]
     param_groups: list[Section]
 
 

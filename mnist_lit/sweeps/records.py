@@ -14,7 +14,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import CONF, ConfigFiles, flatten, plain_values
-from mnist_lit.cli.keys import MAY_CHANGE, OF_ONE_CLASS, is_one_of
+from mnist_lit.cli.keys import MAY_CHANGE, OF_ONE_CLASS, OF_SEVERAL, is_one_of
 from mnist_lit.reports.results import limited_by
 from mnist_lit.storage import run_config, runs
 from mnist_lit.storage.tables import one_line, short
@@ -23,8 +23,7 @@ from mnist_lit.sweeps.summary import METRICS
 
 MAX_DEPTH = 6  # of folders below the one that is listed
 MAX_BYTES = 2**24  # of a file with results; the tutorial's ``metrics.json`` has 6 kB
-OF_SEVERAL = ("metrics", "callbacks")  # groups of which several files can be chosen
-GROUPS = (*OF_ONE_CLASS, *OF_SEVERAL)
+GROUPS = (*OF_ONE_CLASS, "metrics", "callbacks")  # what loggers record changes no results
 NOT_SHOWN = (*MAY_CHANGE, "trainer.enable_checkpointing")  # it changes nothing, and no trial of a search has any
 REFERENCE = re.compile(r"\$\{(?:oc\.select:)?([\w.]+)(?:,(\d+))?\}")
 METRIC = re.compile(r"(val|test|train)/\w{1,30}")

@@ -11,7 +11,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lit import UserError
-from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, plain_values
+from mnist_lit.cli.config import ConfigFiles, as_overrides, checked_values, flatten, plain_values
 from mnist_lit.cli.keys import is_one_of
 from mnist_lit.reports.results import only_showing
 from mnist_lit.storage import runs
@@ -64,7 +64,7 @@ def experiment(trial: FrozenTrial, study: str, overrides: Sequence[str], files: 
     chosen = {group: config.hydra.runtime.choices[group] for group in ("model", "optimizer")}
     defaults = flatten(plain_values(files.compose([f"{group}={name}" for group, name in chosen.items()])))
     changes = OmegaConf.create({"defaults": [{f"override /{group}": name} for group, name in chosen.items()]})
-    for key, value in flatten(plain_values(config)).items():
+    for key, value in flatten(checked_values("train", config)).items():
         if (key not in defaults or defaults[key] != value) and not is_one_of(key, NOT_SHOWN):
             OmegaConf.update(changes, key, value, force_add=True)
     head = f"The best of the study {study}: {monitor} {trial.value:.4f} in trial {trial.number}."
