@@ -57,9 +57,9 @@ accuracy in the least time, `experiment=accurate` as far as a quarter of an hour
 [conf/experiment/](../conf/experiment) have the reason for each line.
 `make recipes DATA=FOLDER` made this page, `recipes.json` and the picture. Seconds are from the first batch to the last test
 batch; a command is that and what comes before and after it: imports, reading the data, the report. Accuracies are of the
-10,000 test images; the recipes were chosen by the accuracy on 5,000 or 10,000 of the training images. ± is the interval of 95 % of a
-mean by Student's t. The loss is cross-entropy; label smoothing makes the network less certain, also where it is right, and
-the loss larger.
+10,000 test images; the recipes were chosen by the accuracy on 5,000 or 10,000 of the training images. ± is the interval of
+95 % of a mean by Student's t. The loss is cross-entropy; label smoothing makes the network less certain, also where it is
+right, and the loss larger.
 
 ![test accuracy against seconds](recipes.png)
 """
@@ -97,7 +97,7 @@ def document(state: dict[str, list[dict[str, Any]]], of_step: tuple[float, list[
         if name in state:
             mean = statistics.mean(run["test/acc"] for run in state[name])
             lines.append(
-                f"The mean of {name} is {mean:.4f}; the mark is {mark}: {'reached' if mean >= mark else '**missed**'}."
+                f"The mean of {name} is {mean:.4f}; the mark is {mark:.4f}: {'reached' if mean >= mark else '**missed**'}."
             )
     for recipe, ingredients in INGREDIENTS.items():
         if not any(name in state for name in ingredients):
