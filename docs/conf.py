@@ -84,7 +84,7 @@ def described(path: Path, prefix: str) -> str:
     about = "\n".join(
         f" {line[1:]}" if line.startswith("#   ") else re.sub(r"(--\w+)", r"`\1`", line[2:]) for line in head
     )
-    if not any(keys(text, prefix)):
+    if all(line.startswith("#") for line in text.splitlines()):  # none.yaml
         return about
     rows = [f"| `{key}` | {f'`{default}`' if default else ''} | {note} |" for key, default, note in keys(text, prefix)]
     return "\n".join([about, "", "| key | default | what it does |", "| --- | --- | --- |", *rows])
