@@ -12,6 +12,7 @@ from mnist_lit.cli.launch import launch, loading
 
 LOOPBACK = ("127.0.0.1", "localhost")
 BACKLOG = 500  # connections that may wait to be accepted
+KEPT = 2**26  # bytes that each thread keeps for the next image; one of 280x280 takes some megabytes
 
 
 def serve(
@@ -40,7 +41,9 @@ def serve(
             from mnist_lit.inference.connections import run
             from mnist_lit.inference.trained import load_for_pictures
             from mnist_lit.inference.web import application
+            from mnist_lit.training.memory import keep_freed_memory
 
+        keep_freed_memory(KEPT)
         model = load_for_pictures(latest.resolve(ckpt), trust)
         torch.set_num_threads(1)  # predictions run in parallel, one per core
         address = f"http://{LOOPBACK[0]}:{listener.getsockname()[1]}"
