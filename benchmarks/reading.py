@@ -32,7 +32,8 @@ HEAD = """\
 
 {count} pictures of each kind, made by [tests/pictures.py](../tests/pictures.py) from test images of MNIST that the network
 reads rightly and is at least 95 % sure of: what is lost here is lost by the picture, not by the handwriting. They are files,
-read by the command `predict`, and no one has seen them before. Two digits, or none, are to be refused.
+read by the command `predict`, and drawn from another seed than those the preparation was tuned on. Two digits, or none,
+are to be refused.
 
 | pictures | right | wrong | of these, over {sure:.0%} sure | refused |
 | --- | --- | --- | --- | --- |

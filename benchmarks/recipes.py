@@ -53,7 +53,7 @@ HEAD = """\
 # Recipes
 
 The tutorial's network, trained otherwise, by one word on the command line: `experiment=speedrun` gets to the tutorial's
-accuracy in the least time, `experiment=accurate` as far as a quarter of an hour allows. The files in
+accuracy in little time, `experiment=accurate` further, with augmented images. The files in
 [conf/experiment/](../conf/experiment) have the reason for each line.
 `make recipes DATA=FOLDER` made this page, `recipes.json` and the picture. Seconds are from the first batch to the last test
 batch; a command is that and what comes before and after it: imports, reading the data, the report. Accuracies are of the
