@@ -19,8 +19,9 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 TESTS = $(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
-# Where the full MNIST is or goes, for demo, results, bench, fidelity and recipes.
-DATA ?= data
+# Where the full MNIST is or goes, for demo, results, bench, fidelity and recipes; by itself where conf/ says, in data/.
+DATA ?=
+DATA_DIR = $(if $(DATA),data.dir=$(DATA))
 
 .PHONY: help base setup train demo test test-all check docs results peers bench fidelity recipes soak soak-server fuzz sanitize lock
 .DEFAULT_GOAL := help
@@ -52,7 +53,7 @@ train: base  ## run the tutorial to its end
 
 demo: setup  ## draw a digit: serve the newest trained model, or train a small one first
 	@$(RUN) -c "from mnist_lit.cli.latest import resolve; resolve('latest')" 2>/dev/null || \
-		$(RUN) -m mnist_lit.train optimizer=adam trainer.max_steps=1000 trainer.max_epochs=-1 data.dir=$(DATA)
+		$(RUN) -m mnist_lit.train optimizer=adam trainer.max_steps=1000 trainer.max_epochs=-1 $(DATA_DIR)
 	$(RUN) -m mnist_lit.serve open_browser=true $(ARGS)
 
 test: setup  ## run the tests that need no more than the package; MNIST_LIT_DATA=FOLDER lets them use the full MNIST
@@ -72,7 +73,7 @@ docs: setup  ## build the documentation site from docs/, docstrings and conf/: b
 
 results: FOLDER := outputs/results_$(shell date +%Y-%m-%d_%H-%M-%S)
 results: setup  ## train five seeds on the full MNIST (DATA=FOLDER) and write docs/results.md
-	$(RUN) -m mnist_lit.train -m 'seed=range(5)' data.source=mnist data.dir=$(DATA) hydra.sweep.dir=$(FOLDER) $(ARGS)
+	$(RUN) -m mnist_lit.train -m 'seed=range(5)' data.source=mnist $(DATA_DIR) hydra.sweep.dir=$(FOLDER) $(ARGS)
 	$(RUN) benchmarks/seeds.py $(FOLDER)
 
 # In an environment of its own, because the peers are many and large, and not locked.
@@ -81,13 +82,13 @@ peers: setup
 	@$(UV) pip install --quiet --compile-bytecode --python $(VENV)-bench/bin/python -r pyproject.toml --group bench
 
 bench: peers  ## time this project against its peers (DATA=FOLDER) and write docs/speed.md
-	$(VENV)-bench/bin/python benchmarks/bench.py $(DATA) $(ARGS)
+	$(VENV)-bench/bin/python benchmarks/bench.py $(or $(DATA),data) $(ARGS)
 
 fidelity: peers  ## train with many seeds, here and with Keras (DATA=FOLDER; hours), and write docs/fidelity.md
-	$(RUN) benchmarks/fidelity.py $(DATA) $(ARGS)
+	$(RUN) benchmarks/fidelity.py $(or $(DATA),data) $(ARGS)
 
 recipes: peers  ## train the recipes of conf/experiment/ (DATA=FOLDER; an hour), and write docs/recipes.md
-	$(RUN) benchmarks/recipes.py $(DATA) $(ARGS)
+	$(RUN) benchmarks/recipes.py $(or $(DATA),data) $(ARGS)
 
 soak: setup  ## kill runs and a sweep at random moments and go on with them: the same results every time?
 	$(RUN) -W ignore tests/soak.py $(ARGS)

@@ -153,7 +153,8 @@ def _write_safetensors(model: "TrainedModel", images: "Tensor", path: Path, meta
     return lambda images: (network(images) / model.temperature).softmax(dim=1)
 
 
-# By suffix: the function that writes the format, and the packages that it needs.
+# By suffix: a function that writes the file and returns what reads it back, from images to probabilities; and the packages
+# that it needs.
 WRITERS: dict[str, tuple[Callable[..., "Model"], tuple[str, ...]]] = {
     ".onnx": (_write_onnx, ("onnx", "onnxscript", "onnxruntime")),
     ".pt2": (_write_pt2, ()),

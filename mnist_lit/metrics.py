@@ -21,6 +21,7 @@ class StageMetrics(nn.ModuleDict):
         # "disable": a NaN loss makes the mean NaN instead of being skipped. torchmetrics 1.9 then ignores the weights
         # passed to update(), too, hence one value per image.
         loss = MeanMetric(nan_strategy="disable")
+        # Micro-averaged, the accuracy does not depend on the number of classes.
         acc = MulticlassAccuracy(10, average="micro", validate_args=False)
         super().__init__({"loss": loss, "acc": acc, **{name: other.clone() for name, other in (others or {}).items()}})
 

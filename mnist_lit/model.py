@@ -1,32 +1,23 @@
 """``MNISTClassifier``: a LightningModule with the network, loss, metrics and optimizer."""
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from mnist_lit import UserError
-from mnist_lit.build import build, require_fitting_weights
+from mnist_lit.build import build
+from mnist_lit.checkpointed import CheckpointedModule
 from mnist_lit.metrics import StageMetrics
 from mnist_lit.schedulers import build_scheduler, for_lightning
-from mnist_lit.storage.checkpoint_file import (
-    hyper_parameters,
-    network_weights,
-    read_checkpoint,
-    require_same_shapes,
-    with_current_names,
-)
-from mnist_lit.storage.provenance import UNKNOWN_DATA, facts_of, trained_on, why_not_to_test
+from mnist_lit.storage.checkpoint_file import with_current_names
 
 TUTORIAL_MODEL = {"_target_": "mnist_lit.network.TutorialCNN", "dropout": 0.5, "cpu_kernel": True}
 TUTORIAL_OPTIMIZER = {"_target_": "torch.optim.Adadelta", "lr": 1.0, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}
 
 
-class MNISTClassifier(L.LightningModule):
+class MNISTClassifier(CheckpointedModule):  # a LightningModule whose checkpoints are safe to load
     """Trains and evaluates a network that maps images [N, 1, 28, 28] to logits [N, 10]; calling it gives probabilities.
 
     ``model`` and ``optimizer`` default to the tutorial's. They and ``scheduler`` are saved in checkpoints as plain values.
@@ -41,9 +32,6 @@ class MNISTClassifier(L.LightningModule):
         loss: What training minimizes, a module that takes logits [B, 10] and labels [B]; None is cross-entropy, which
             validation and test measure in any case.
         metrics: What to measure beside loss and accuracy in each epoch, by name.
-
-    Attributes:
-        trained_on: Name, counts and checksum of each data set that the weights have been trained on.
 
     Raises:
         UserError: A class does not exist or does not accept its arguments.
@@ -68,38 +56,9 @@ class MNISTClassifier(L.LightningModule):
             self.network.compile()
         self.augment, self.loss = augment, loss or nn.CrossEntropyLoss()
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics(metrics) for stage in ("train", "val", "test")})
-        self.trained_on: list[dict[str, Any]] = []
         built = self._optimizer()  # fail early on invalid arguments
         if scheduler:
             build_scheduler(scheduler, built, length=1000)
-
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", trust: Iterable[str] = (), **sections: Any
-    ) -> Self:
-        """Load a checkpoint like Lightning, but without letting the file decide which code is imported.
-
-        Args:
-            map_location: The device to move the classifier to.
-            trust: Packages whose networks and optimizers the checkpoint may name; those of this project and of PyTorch's
-                ``optim`` need no trust.
-            sections: ``model``, ``optimizer`` or ``scheduler``, to replace that of the checkpoint.
-
-        Raises:
-            UserError: The file is missing, damaged or not from this project, it names a class of another package, or
-                its weights do not fit the network.
-        """
-        checkpoint = read_checkpoint(Path(checkpoint_path))
-        # Without what only training needs, and the checkpoint does not describe.
-        weights = [pair for pair in checkpoint["state_dict"].items() if not pair[0].startswith(("augment.", "loss."))]
-        checkpoint["state_dict"] = dict(weights)
-        sections = hyper_parameters(checkpoint, Path(checkpoint_path), trust, **sections)
-        model = with_current_names(sections["model"])
-        require_fitting_weights({key: model[key] for key in model if key != "compile"}, network_weights(checkpoint))
-        classifier = cls(**sections)
-        classifier.on_load_checkpoint(checkpoint)
-        classifier.load_state_dict(checkpoint["state_dict"])
-        return classifier.to(map_location)
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities [N, 10] of images [N, 1, 28, 28] in [0, 1]."""
@@ -145,25 +104,6 @@ class MNISTClassifier(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log("test")
 
-    def on_train_start(self) -> None:
-        facts = self._facts(self.trainer.train_dataloader)
-        self.trained_on += [] if facts in self.trained_on else [facts]
-
-    def on_test_start(self) -> None:
-        if reason := why_not_to_test(self.trained_on, self._facts(self.trainer.test_dataloaders)["name"]):
-            raise UserError(reason)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["data"] = self.trained_on
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """
-        Raises:
-            UserError: The weights do not fit this network.
-        """
-        self.trained_on = trained_on(checkpoint)
-        require_same_shapes(self.state_dict(), checkpoint["state_dict"])
-
     def _step(self, stage: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Mean loss and logits [B, 10], added to the stage's metrics."""
         images, labels = batch
@@ -180,10 +120,3 @@ class MNISTClassifier(L.LightningModule):
     def stage_metrics(self, stage: str) -> Any:
         """The ``StageMetrics`` of train, val or test."""
         return self.metrics[f"{stage}_metrics"]
-
-    def _facts(self, loaders: Any) -> dict[str, Any]:
-        """The ``facts`` of the data set behind a loader, or behind the first of several; else those of the data module."""
-        first = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
-        datamodule = getattr(self.trainer, "datamodule", None)
-        others = facts_of(datamodule) if datamodule else UNKNOWN_DATA
-        return getattr(getattr(first, "dataset", None), "facts", others)

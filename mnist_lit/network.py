@@ -22,13 +22,13 @@ class TutorialCNN(nn.Module):
         self.conv1 = nn.Conv2d(1, 32, 3)
         self.conv2 = nn.Conv2d(32, 64, 3)
         self.pool = nn.MaxPool2d(3)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(dropout)  # nn.Dropout, drawn faster on a CPU
         self.dense1 = nn.Linear(4096, 250)
         self.dense2 = nn.Linear(250, 10)
         self.cpu_kernel = cpu_kernel
         for name, parameter in self.named_parameters():
             if name.endswith("weight"):
-                nn.init.xavier_uniform_(parameter)
+                nn.init.xavier_uniform_(parameter)  # Xavier Glorot's
             else:
                 nn.init.zeros_(parameter)
         # Channels-last convolutions are faster on a CPU. The memory format propagates from conv1's output, so the
@@ -48,5 +48,5 @@ class TutorialCNN(nn.Module):
         x = self.dense1(x.flatten(1)).sigmoid()  # [N, 250]
         return self.dense2(x)
 
-    def __prepare_scriptable__(self) -> nn.Module:
+    def __prepare_scriptable__(self) -> nn.Module:  # called by torch.jit.script
         raise NotImplementedError("TutorialCNN does not support torch.jit.script: take torch.export or torch.compile")

@@ -15,7 +15,7 @@ FLOORS = [
     ["__init__", "compat"],
     ["storage", "kernels"],
     ["network", "other_networks", "build", "batches", "metrics"],
-    ["schedulers"],
+    ["schedulers", "checkpointed"],
     ["data", "model"],
     ["mnist_like"],
     ["training", "inference"],

@@ -12,7 +12,7 @@ WIDTH, HEIGHT, SIZE, GAP = 112, 146, 84, 14  # pixels: a cell, the image in it, 
 
 
 def contact_sheet_of(cells: list[tuple[dict[str, Any], np.ndarray | None]]) -> bytes:
-    """A PNG file showing the first ``MAX_IMAGES`` images with their predicted digits, probabilities and file names.
+    """A PNG file showing the first ``MAX_IMAGES`` images with their predicted digits or names of classes, probabilities and file names.
 
     Args:
         cells: Each prediction, as ``predict`` returns them, with its image: uint8 [28, 28], or None if it could not be
@@ -33,7 +33,12 @@ def contact_sheet_of(cells: list[tuple[dict[str, Any], np.ndarray | None]]) -> b
             sheet.paste(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.NEAREST), (left, top))
             text, color = "no digit", "#b00020"
             if not row["error"]:
-                text = f"{row['digit']}   {row['probability']:.1%}"
+                # A class's name is cut to fit into the cell.
+                text = (
+                    f"{row['name'][:8]} {row['probability']:.0%}"
+                    if "name" in row
+                    else f"{row['digit']}   {row['probability']:.1%}"
+                )
                 color = "#b00020" if row["probability"] < 0.9 else "black"
         draw.text((left, top + SIZE + 3), text, fill=color, font=large)
         draw.text((left, top + SIZE + 23), name, fill="#555555", font=small)

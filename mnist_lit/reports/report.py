@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mnist_lit.inference.explain import feature_maps
-from mnist_lit.reports.results import further_metrics
+from mnist_lit.reports.results import further_metrics, kind_of_class
 from mnist_lit.reports.scores import MAX_MISTAKES
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.provenance import SAMPLE_NAME, described
@@ -80,6 +80,8 @@ def write_report(
         is_sample=results["data"]["name"] == SAMPLE_NAME,
         curves=[(title, _curve_svg(key, history, results)) for key, title in titles.items()] if history else [],
         others=others,
+        kind=kind_of_class(results),
+        labels=[row.get("name", row["digit"]) for row in results["test/digits"]],
         filters=_filters(network),
         feature_maps=_feature_maps(network, predictions.examples),
         wrong=int((predictions.probabilities.argmax(1) != predictions.labels).sum()),

@@ -118,7 +118,7 @@ def training_table(results: dict[str, Any], folder: Path) -> str:
 
 
 def evaluation_table(results: dict[str, Any], folder: Path) -> str:
-    lines = ["digit  images  precision  recall      F1"]
+    lines = [f"{kind_of_class(results)}  images  precision  recall      F1"]
     for row in results["test/digits"]:
         figures = f"{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}"
         lines.append(f"{row['digit']:5}{row['images']:8}{figures}  {row.get('name', '')}".rstrip())
@@ -128,6 +128,11 @@ def evaluation_table(results: dict[str, Any], folder: Path) -> str:
     lines.append(f"{results['test/images']:,} images of {_data(results)}, with {results['ckpt']}")
     lines.append(f"the report: {runs.display_path(folder)}/report.html")
     return "\n".join(lines + _limited(results))
+
+
+def kind_of_class(results: dict[str, Any]) -> str:
+    """What each of the classes is called: "digit", or "class" where they have names."""
+    return "class" if "name" in results["test/digits"][0] else "digit"
 
 
 def _limited(results: dict[str, Any]) -> list[str]:
