@@ -144,8 +144,14 @@ def must_be(error: Any) -> str:
 
 
 def accepted(cls: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The subset of ``arguments`` that ``cls`` has parameters for."""
-    return {key: value for key, value in arguments.items() if key in inspect.signature(cls).parameters}
+    """The subset of ``arguments`` that ``cls`` has parameters for, or passes on to a base class as ``**kwargs``."""
+    names: set[str] = set()
+    for each in inspect.getmro(cls) if isinstance(cls, type) else [cls]:
+        parameters = inspect.signature(each).parameters
+        names |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return {key: value for key, value in arguments.items() if key in names}
 
 
 def _is_users_own(module: str, error: Exception) -> bool:

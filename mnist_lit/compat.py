@@ -85,6 +85,16 @@ def validation_follows(trainer: "L.Trainer") -> bool:
     return fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def restart_train_loaders(trainer: "L.Trainer") -> None:
+    """Make the iterators of the training loaders anew, as Lightning does before every epoch but a process's first.
+
+    Those of the first epoch are made before any hook, and with worker processes they have drawn the order by then.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    iter(fetcher)
+
+
 def launched_processes(trainer: "L.Trainer") -> list[Any]:
     """The ``subprocess.Popen`` objects of the ranks that this process has launched; empty if it has launched none.
 

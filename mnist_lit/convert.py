@@ -13,6 +13,7 @@ from typing import Any
 from mnist_lit import UserError, require_packages
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.storage.atomic import atomic_path, require_free
+from mnist_lit.storage.checkpoint_file import read_checkpoint
 from mnist_lit.storage.keras_file import read_description, read_weights, tutorial_layers
 
 TOLERANCE = 1e-5  # largest absolute difference allowed between the two models' probabilities
@@ -59,11 +60,15 @@ def convert(
         os.environ["KERAS_BACKEND"] = "torch"  # another choice, in the environment or ~/.keras, may not be installed
     with loading("Keras"):
         import keras  # noqa: F401
+    if to_checkpoint:
+        converted = from_keras(load_keras(source_path))
+    else:
+        converted = to_keras(load_checkpoint(source_path, trust), data_format)
     with atomic_path(target_path) as temporary:
         if to_checkpoint:
-            save_checkpoint(from_keras(load_keras(source_path)), temporary)
+            save_checkpoint(converted, temporary)
         else:
-            save_keras(to_keras(load_checkpoint(source_path, trust), data_format), temporary, target_path.name)
+            save_keras(converted, temporary, target_path.name)
     print(f"{target}: written; its probabilities match those of {source} to {TOLERANCE:g}")
     if description is None:
         print(
@@ -178,12 +183,24 @@ def save_keras(keras_model: Any, path: Path, name: str) -> None:
 
 
 def load_checkpoint(path: Path, trust: Iterable[str] = ()) -> Any:
+    """The classifier of a checkpoint, its probabilities those that ``predict`` gives.
+
+    The temperature that was measured on validation images, which Keras knows nothing of, becomes a part of the last layer.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded, or its network is not a ``TutorialCNN``.
+    """
+    import torch
+
     from mnist_lit.model import MNISTClassifier
     from mnist_lit.network import TutorialCNN
 
     classifier = MNISTClassifier.load_from_checkpoint(path, trust=trust)
     if type(classifier.network) is not TutorialCNN:
         raise UserError(f"{path}: holds a {type(classifier.network).__name__}; only a TutorialCNN can be converted")
+    with torch.no_grad():
+        for parameter in classifier.network.dense2.parameters():
+            parameter.div_(read_checkpoint(path).get("temperature", 1.0))
     return classifier
 
 

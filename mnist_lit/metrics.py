@@ -1,13 +1,13 @@
 """``StageMetrics``: the mean loss and the accuracy of an epoch, and what else is asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from mnist_lit import compat
+from mnist_lit import UserError, compat
 
 
 class StageMetrics(nn.ModuleDict):
@@ -34,8 +34,18 @@ class StageMetrics(nn.ModuleDict):
                 metric.update(logits.detach(), labels)
 
     def compute(self) -> dict[str, float]:
-        """The values over all ranks."""
-        return {name: float(metric.compute()) for name, metric in self._metrics()}
+        """The values over all ranks.
+
+        Raises:
+            UserError: A metric gives more than one value.
+        """
+        values = {}
+        for name, metric in self._metrics():
+            value = metric.compute()
+            if getattr(value, "numel", lambda: 1)() != 1:
+                raise UserError(f"metrics.{name}: gives {value.numel()} values, and not one (is there an average=?)")
+            values[name] = float(value)
+        return values
 
     def compute_locally(self) -> dict[str, float]:
         """``loss`` and ``acc`` on this rank so far, without waiting for the others."""
@@ -43,14 +53,31 @@ class StageMetrics(nn.ModuleDict):
         return {name: float(compat.compute_locally(metric)) for name, metric in both}
 
     def states(self) -> dict[str, dict[str, Tensor]]:
-        """The states on this rank, to resume from in the middle of an epoch."""
+        """The states on this rank, to resume from in the middle of an epoch; with those of metrics within metrics."""
         return {
-            name: {key: value.clone() for key, value in metric.metric_state.items()} for name, metric in self._metrics()
+            name: {
+                f"{prefix}.{key}".lstrip("."): value.clone()
+                for prefix, each in metric.named_modules()
+                if isinstance(each, Metric)
+                for key, value in each.metric_state.items()
+                if isinstance(value, Tensor)
+            }
+            for name, metric in self._metrics()
         }
 
     def load_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name, metric in self._metrics():
-            metric.load_state_dict({key: value.to(metric.device) for key, value in states[name].items()})
+            found = {key: value.to(metric.device) for key, value in states[name].items()}
+            metric.load_state_dict(found, strict=False)  # a metric's buffers are no states
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any) -> Any:
+        """Move to a device, or to a wider type; in a half one, sums over an epoch would be wrong after some batches."""
+
+        def kept(value: Tensor) -> Tensor:
+            moved = fn(value)
+            return moved if moved.itemsize >= value.itemsize else moved.to(value.dtype)
+
+        return super()._apply(kept, *arguments)
 
     def _metrics(self) -> Any:  # ModuleDict's items, which are metrics here
         return self.items()

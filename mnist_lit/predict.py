@@ -24,7 +24,7 @@ from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.inference.contact_sheet import MAX_IMAGES, contact_sheet_of
 from mnist_lit.storage.atomic import atomic_write, require_free
-from mnist_lit.storage.tables import to_csv
+from mnist_lit.storage.tables import one_line, to_csv
 
 if TYPE_CHECKING:
     from mnist_lit.inference.detector import DigitDetector
@@ -96,7 +96,8 @@ def predict(
             bar.update(len(batch))
     if contact_sheet:
         atomic_write(Path(contact_sheet), contact_sheet_of(cells))
-    rows += [_row(path, None, error) for path, error in found if error]
+    in_order = iter(rows)
+    rows = [_row(path, None, error) if error else next(in_order) for path, error in found]
     if output:
         is_csv = Path(output).suffix.lower() == ".csv"
         columns = [*COLUMNS[:2], "name", *COLUMNS[2:]] if any("name" in row for row in rows) else COLUMNS
@@ -141,7 +142,7 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
         if pattern == "-":
             yield pattern, ""
             continue
-        if Path(pattern).exists() or not glob.has_magic(pattern):
+        if os.path.exists(pattern) or not glob.has_magic(pattern):
             matches, error = [pattern], f"this folder has no images ({', '.join(ENDINGS)})"
         else:
             matches, error = sorted(glob.glob(pattern, recursive=True)), "no file matches this pattern"
@@ -152,7 +153,7 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
             if file in seen:
                 continue
             seen.add(file)
-            if not Path(file).exists():
+            if not os.path.exists(file):
                 yield file, "no such file"
             elif file.lower().endswith(arrays.ENDINGS):
                 try:
@@ -168,10 +169,10 @@ def skipped(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
     from mnist_lit.inference.images import ENDINGS
 
     for folder in (Path(os.path.expanduser(pattern)) for pattern in patterns):
-        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        for file in sorted(folder.rglob("*")) if os.path.isdir(folder) else ():
             image = file.suffix.lower() in ENDINGS
             if file.is_dir():
-                reason = "is a folder" if image else ""
+                reason = "is a link to a folder" if file.is_symlink() else "is a folder" if image else ""
             elif not file.is_file():
                 reason = "is not a regular file" if file.exists() else "is a broken link"
             elif file.name.startswith("."):
@@ -190,7 +191,7 @@ def _loader(
 ) -> Iterator[Iterator[list[LoadedImage]]]:
     """Iterate over batches of images, which worker processes read ahead if there are many."""
     batches = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
-    if len(paths) < MIN_PARALLEL:
+    if len(paths) < MIN_PARALLEL or "-" in paths:  # the workers have another standard input
         yield map(load_batch, batches)
         return
     # spawn: a fork of a process in which torch has started threads may hang. SIG_IGN: the main process handles Ctrl-C.
@@ -202,7 +203,10 @@ def _loader(
     try:
         yield workers.map(load_batch, batches)
     except BrokenProcessPool as error:
-        raise UserError("a worker process that reads images was killed (out of memory?)") from error
+        raise UserError(
+            "a worker process that reads images was killed (out of memory?), or cannot start (a script calls "
+            "predict below `if __name__ == '__main__':`)"
+        ) from error
     finally:
         workers.shutdown(cancel_futures=True)
 
@@ -226,6 +230,8 @@ def _load_batch(paths: list[str], preprocess: str, refuse: bool, segments: bool)
                 loaded.append((path, digits, ""))
             except ImageError as error:
                 loaded.append((path, [], str(error)))
+            except Exception as error:  # noqa: BLE001  # one odd picture must not cost the answers for all others
+                loaded.append((path, [], f"cannot be prepared ({type(error).__name__}: {one_line(error, limit=200)})"))
     return loaded
 
 

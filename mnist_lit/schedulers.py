@@ -22,6 +22,8 @@ def for_lightning(config: Mapping[str, Any], optimizer: Optimizer, trainer: Any)
     """
     by_step = config.get("interval", "epoch") == "step"
     length = compat.estimated_steps(trainer) if by_step else trainer.max_epochs
+    if length not in (-1, math.inf):  # -1 and inf: no end
+        length = max(1, length // config.get("frequency", 1))
     settings = {key: config[key] for key in OF_LIGHTNING if key in config}
     return {"scheduler": build_scheduler(config, optimizer, length), **settings}
 

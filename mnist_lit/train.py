@@ -95,11 +95,11 @@ def train(
         if is_first:
             (runs.reopen if resume else runs.create)(folder, config, facts_of(datamodule))
         harness.log_header(lightning_trainer, classifier, datamodule, config, resume)
-        with harness.fitting(lightning_trainer):
+        with harness.fitting(lightning_trainer, is_new=not resume):
             start = resume if resume and Path(resume).is_file() else None
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
         checkpoints.load_best(classifier)
-        (test,) = lightning_trainer.test(classifier, datamodule, verbose=False)
+        test = harness.only_loader_of(lightning_trainer.test(classifier, datamodule, verbose=False))
         results = {**test, **training_results(recorder, checkpoints), "seed": seed, **limits(trainer)}
         results |= {"limited": limited_by(trainer), **harness.conditions(lightning_trainer, datamodule)}
         classes, temperature = facts_of(datamodule).get("classes"), results.get("val/temperature")

@@ -4,7 +4,7 @@ Any number of these commands, on any number of machines, can work on the same st
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +75,42 @@ def _command(**values: Any) -> None:
     job.warm_up()
     if values["resume"]:
         raise UserError("resume= continues a run; a search continues with the same storage= and study=")
-    if not values["data"]["val_size"]:
+    if not values["data"].get("val_size", True):
         raise UserError("data.val_size=0 leaves no validation accuracy to optimize")
     hydra = HydraConfig.get()
     own_keys = schema.Tune.__annotations__.keys() - schema.Train.__annotations__.keys()
     overrides = [each for each in hydra.overrides.task if not is_one_of(key_of(each), own_keys)]
     config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     files = ConfigFiles("train", config_dirs[0] if config_dirs else None)
-    # Where tune.yaml differs from train.yaml.
-    train = flatten(plain_values(files.compose(overrides)))
-    overrides += as_overrides({key: value for key, value in flatten(values).items() if train.get(key, value) != value})
-    own = {key: values[key] for key in own_keys}
+    own = {key: values.pop(key) for key in own_keys}
+    overrides = _of_train(overrides, values, hydra.runtime.choices, files)
     with stopped_by_signals(lambda: "; the same command continues, and runs the interrupted trials again"):
         tune(hydra.runtime.output_dir, **own, overrides=overrides, config_dir=files.user_folder)
+
+
+def _of_train(typed: list[str], values: dict[str, Any], choices: Mapping[str, Any], files: ConfigFiles) -> list[str]:
+    """``typed``, and as further overrides of ``train`` what ``tune.yaml``, or one of the user's own, has otherwise.
+
+    Args:
+        values: The configuration without the keys that are tune's alone.
+        choices: The files that were chosen for it, by group.
+    """
+    train = files.compose(typed).hydra.runtime.choices
+    groups = [
+        f"{group}={name or 'null'}"
+        for group, name in choices.items()
+        if not group.startswith("hydra/") and train.get(group) != name
+    ]
+    overrides = [*groups, *typed]
+    default, train = (flatten(plain_values(files.compose(each))) for each in ([], overrides))
+    # What an experiment changes stays as it has it.
+    changed = {
+        key: value
+        for key, value in flatten(values).items()
+        if key in train and train[key] != value and train[key] == default.get(key, train[key])
+    }
+    added = {f"+{key}": value for key, value in flatten(values).items() if key not in train}
+    return [*overrides, *as_overrides({**changed, **added})]
 
 
 def main() -> None:

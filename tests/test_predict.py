@@ -248,7 +248,7 @@ def test_arrays_that_cannot_be_read_say_why(good_run: Path, arrays: Path) -> Non
     with zipfile.ZipFile(arrays / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2**31, 28, 28)})
         file.write(bytes(2**20))
-    for name, shape in (("many.npy", (2**40, 1, 1)), ("large.npy", (1, 2**20, 2**20))):  # files with holes
+    for name, shape in (("many.npy", (2**40, 2, 2)), ("large.npy", (1, 2**20, 2**20))):  # files with holes
         np.lib.format.open_memmap(arrays / name, "w+", np.uint8, shape)
     reasons = {
         "many.npy": "has more than 1,000,000 images",

@@ -447,6 +447,8 @@ def test_every_key_of_train_is_one_of_tune() -> None:
         ["experiment=validated", "logger=[csv,tensorboard]", "data.dir=elsewhere"],
         ["trainer.max_time=10:00:00:00", "+trainer.limit={a:1}", "trainer.gradient_clip_val=null"],
         ["+model.x='it\\'s, so'", "+model.y=yes", "data.source=sample", "trainer.deterministic=true"],
+        ["data=fashion_mnist", "augment=shift", "model=mlp"],
+        ["model._target_=my.Net", "+model.width=3", "data._target_=my.Data", "optimizer=mine"],
     ],
 )
 def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had(
@@ -457,16 +459,18 @@ def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had
 
     params = {"optimizer.lr": 0.123, "model.dropout": 0.3, "data.batch_size": 250}
     trial = optuna.create_trial(value=0.99, params=params, distributions=dict.fromkeys(params, DISTRIBUTION))
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "best.yaml").write_text(
-        experiment(trial, "tune", overrides, ConfigFiles("train"), "val/acc")
-    )
+    (tmp_path / "own" / "optimizer").mkdir(parents=True)
+    (tmp_path / "own" / "optimizer" / "mine.yaml").write_text("_target_: torch.optim.Adagrad\nlr: 0.01\n")
+    files = ConfigFiles("train", str(tmp_path / "own"))
+    for path, text in experiment(trial, "tune", overrides, files, "val/acc").items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
 
     def decisive(files: ConfigFiles, *given: str) -> dict[str, Any]:
         values = flatten(checked_values("train", files.compose(given)))
         return {key: value for key, value in values.items() if not is_one_of(key, NOT_SHOWN)}
 
-    had = decisive(ConfigFiles("train"), *overrides, *(f"{key}={value}" for key, value in params.items()))
+    had = decisive(files, *overrides, *(f"{key}={value}" for key, value in params.items()))
     assert decisive(ConfigFiles("train", str(tmp_path)), "experiment=best") == had
 
 

@@ -1,5 +1,6 @@
 """The configuration: composed by Hydra from ``conf/`` and overrides, checked, and handed on as plain values."""
 
+import contextlib
 import json
 import os
 import re
@@ -101,11 +102,11 @@ class ConfigFiles:
         from hydra.errors import HydraException
 
         choices = [override for override in overrides if key_of(override) in self._groups()]
-        try:
-            config = self.compose(choices)
-        except HydraException:  # a choice that does not exist, or several in a sweep
-            config = self.compose([])
-        return [*flatten(plain_values(config, resolve=False)), *self._groups()]
+        # Without them, because one may not exist, or be several in a sweep; at last that of the verb, for a file of one's own.
+        for files, chosen in ((self, choices), (self, []), (ConfigFiles("train"), [])):
+            with contextlib.suppress(HydraException):
+                return [*flatten(plain_values(files.compose(chosen), resolve=False)), *self._groups()]
+        return self._groups()
 
     def _groups(self) -> list[str]:
         return [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"]

@@ -25,7 +25,7 @@ def with_data_of_run(data: Mapping[str, Any], checkpoint: Path, trust: Iterable[
     Raises:
         UserError: The class of the run's data is neither of this project nor trusted.
     """
-    data, folder = dict(data), checkpoint.absolute().parent.parent
+    data, folder = dict(data), run_of(checkpoint)
     own = config_of_run(checkpoint).get("data")
     if not own or ("source" in data and own["_target_"] != CLASSES["data"]):  # only MNIST has sources
         return {"_target_": CLASSES["data"], **data}
@@ -50,13 +50,19 @@ def metrics_of_run(checkpoint: Path, trust: Iterable[str] = ()) -> dict[str, Any
         UserError: One of the classes is neither of this project nor its libraries', nor trusted.
     """
     metrics = config_of_run(checkpoint).get("metrics")
-    require_trusted(metrics, checkpoint.absolute().parent.parent / "config.yaml", trust)
+    require_trusted(metrics, run_of(checkpoint) / "config.yaml", trust)
     return metrics
 
 
 def config_of_run(checkpoint: Path) -> dict[str, Any]:
     """The configuration of the run whose folder ``checkpoint`` is in; empty if there is none, or it cannot be read."""
     try:
-        return read_config(checkpoint.absolute().parent.parent / "config.yaml")
+        return read_config(run_of(checkpoint) / "config.yaml")
     except UserError:  # the checkpoint says all that is needed of the network
         return {}
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint is from, or would be; links to it are followed if they lie elsewhere."""
+    folder = checkpoint.absolute().parent.parent
+    return folder if (folder / "config.yaml").is_file() else checkpoint.resolve().parent.parent

@@ -9,12 +9,11 @@ def help_text(name: str, overrides: list[str], user_folder: str | None = None) -
     """``<name>.yaml`` and, of its groups, the files that ``overrides`` choose.
 
     Args:
-        user_folder: The folder of ``--config-dir``, whose files come before this project's.
+        user_folder: The folder of ``--config-dir``, whose files come after this project's.
     """
     import yaml
 
-    folders = [Path(user_folder)] if user_folder else []
-    folders.append(CONF)
+    folders = [CONF, *([Path(user_folder)] if user_folder else [])]
 
     def text_of(path: str) -> str | None:
         found = next((file for folder in folders if (file := folder / f"{path}.yaml").is_file()), None)

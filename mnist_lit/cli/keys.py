@@ -11,7 +11,8 @@ QUOTED = (*PATHS, "where")  # and this is a text with =
 # They may change without changing the run: where the data are (their checksum is compared), what is shown and recorded,
 # and the hardware, although another device or number of threads changes the last bits.
 MAY_CHANGE = (
-    *("resume", "trust", "data.dir", "data.source", "logger", "checkpoint"),
+    *("resume", "trust", "data.dir", "data.source", "logger"),
+    *(f"checkpoint.every_n_{what}" for what in ("epochs", "steps")),
     *("model.cpu_kernel", "model.compile"),
     *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
     *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),

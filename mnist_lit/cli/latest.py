@@ -1,5 +1,6 @@
 """Resolves ``ckpt=latest`` to the newest run that has a trained model."""
 
+import os
 from pathlib import Path
 
 from mnist_lit import UserError
@@ -16,7 +17,7 @@ def resolve(ckpt: str | Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    path = Path(ckpt).expanduser()
+    path = Path(os.path.expanduser(ckpt))
     if str(ckpt) != "latest" or path.exists():
         return path
     outputs = ConfigFiles("train").outputs_folder()

@@ -135,6 +135,8 @@ class VerbRun:
         global tracebacks
         from omegaconf import OmegaConf, open_dict, read_write
 
+        if str(config.hydra.mode).endswith("MULTIRUN"):  # by a file: too late for a sweep
+            raise UserError("hydra.mode=MULTIRUN: a sweep needs -m on the command line")
         tracebacks = tracebacks or str(config.hydra.job.env_set.get("HYDRA_FULL_ERROR")) == "1"
         if self.run_folder and ranks.is_started_by_another():
             ranks.end_with_starter()
@@ -234,10 +236,15 @@ class VerbRun:
 
 
 def _check(verb: str, config: Any) -> None:
-    from omegaconf.errors import InterpolationResolutionError
+    from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 
-    with contextlib.suppress(InterpolationResolutionError):  # ${hydra:...} needs the folder
-        _refuse_what_is_missing(checked_values(verb, config).get("trainer", {}))
+    try:
+        values = checked_values(verb, config)
+    except InterpolationKeyError:  # of a key that there is not
+        raise
+    except InterpolationResolutionError:  # ${hydra:...} needs the folder
+        return
+    _refuse_what_is_missing(values.get("trainer", {}))
 
 
 def for_another_process(verb: str, config: Any) -> Any:
@@ -311,7 +318,9 @@ def claimed(key: str, value: str | None, typed: bool) -> Path:
 
 def _refuse_what_is_missing(trainer: dict[str, Any]) -> None:
     accelerator, machines = trainer.get("accelerator"), trainer.get("num_nodes", 1)
-    if machines > 1 and not ranks.started_together():  # each would make its own folder and wait for the others
+    if (
+        isinstance(machines, int) and machines > 1 and not ranks.started_together()
+    ):  # each would make its own folder and wait for the others
         raise UserError(f"trainer.num_nodes={machines}: start several machines with torchrun or srun (see README.md)")
     # Where the system itself has no GPU there is no need to import torch to find that out.
     devices = ("nvidia[0-9]*", "nvidiactl", "nvmap", "nvhost-gpu", "dxg", "kfd")  # NVIDIA, Jetson, WSL, ROCm

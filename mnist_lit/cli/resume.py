@@ -114,5 +114,6 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
         if section == "logger":  # as a whole: each logger has keys of its own
             values["logger"] = asked["logger"]
         elif name:
-            values[section][name] = new[key]
+            name = name.partition(".")[0]  # as a whole, if it is a class with arguments
+            values[section][name] = asked[section].get(name)
     return {**values, "resume": str(run.start)}

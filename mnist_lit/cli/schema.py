@@ -171,7 +171,9 @@ def check(verb: str, values: Mapping[str, Any]) -> None:
     """
     data = values.get("data")
     if isinstance(data, dict) and data.get("_target_", CLASSES["data"]) != CLASSES["data"]:
-        values = {**values, "data": {}}  # another class knows its own arguments
+        # Another class knows its own arguments, but for those of this project's which are found out late.
+        own = data.keys() & {"batch_size"} if str(data["_target_"]).startswith("mnist_lit.") else ()
+        values = {**values, "data": {key: data[key] for key in own}}
     try:
         _adapter(verb).validate_python(values)
     except ValidationError as error:

@@ -1,6 +1,8 @@
 """Images in NumPy's ``.npy`` and ``.npz`` files, one by one."""
 
+import os
 import re
+import stat
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mnist_lit.inference.images import MAX_PIXELS
+from mnist_lit.inference.images import MAX_PIXELS, scaled
 from mnist_lit.inference.ink import SIDE, ImageError
 from mnist_lit.storage.archives import BROKEN, require_short_list
 from mnist_lit.storage.tables import one_line
@@ -17,7 +19,7 @@ from mnist_lit.storage.tables import one_line
 ENDINGS = (".npy", ".npz")
 MAX_IMAGES = 1_000_000
 MAX_BYTES = 2**30  # of an array in an .npz file, which is read as a whole; an .npy file may have any size
-NAME = re.compile(r"(.+\.(?:npy|npz))(?::(.*))?\[(\d+)\]", re.IGNORECASE | re.DOTALL)  # of an image, see ``names_in``
+NAME = re.compile(r"(.+?\.(?:npy|npz))(?::(.*))?\[(\d+)\]", re.IGNORECASE | re.DOTALL)  # of an image, see ``names_in``
 
 
 def names_in(path: str) -> list[str]:
@@ -29,15 +31,12 @@ def names_in(path: str) -> list[str]:
     Raises:
         ImageError: The file is damaged or has no such array.
     """
-    keys = [None] if path.lower().endswith(".npy") else _keys(path)
-    names = [
-        f"{path}{f':{key}' if key else ''}[{number}]"
-        for key in keys
-        if (images := _images(path, key)) is not None
-        for number in range(min(len(images), MAX_IMAGES + 1))
-    ]
-    if len(names) > MAX_IMAGES:
-        raise ImageError(f"has more than {MAX_IMAGES:,} images")
+    names: list[str] = []
+    for key in [None] if path.lower().endswith(".npy") else _keys(path):
+        count = 0 if (images := _images(path, key)) is None else len(images)
+        if len(names) + count > MAX_IMAGES:
+            raise ImageError(f"has more than {MAX_IMAGES:,} images")
+        names += [f"{path}{'' if key is None else f':{key}'}[{number}]" for number in range(count)]
     if not names:
         raise ImageError("has no images [N, H, W]")
     return names
@@ -54,23 +53,32 @@ def read_named(name: str) -> Image.Image:
     image = np.asarray(images[int(match[3])])
     if image.ndim == 2:
         return Image.fromarray(image if image.dtype == np.uint8 else image.astype(np.float32))
-    if image.dtype != np.uint8:
-        image = (image.astype(np.float32) * (255 if image.max() <= 1 else 1)).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(image)
+    return Image.fromarray(image if image.dtype == np.uint8 else scaled(image).astype(np.uint8))
 
 
-@lru_cache(maxsize=4)
 def _images(path: str, key: str | None) -> Any:
     """The images in an array, [N, H, W] or [N, H, W, 3]; None if it holds none."""
     try:
-        array = np.load(path, mmap_mode="r") if key is None else _entry(path, key)
+        status = os.stat(path)
+    except OSError as error:
+        raise ImageError(f"cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for a writer
+        raise ImageError("is not a regular file")
+    return _read(path, key, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=4)
+def _read(path: str, key: str | None, version: tuple[int, ...]) -> Any:
+    """``_images`` of one version of a file, which may be written anew in between."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r") if key is None else _entry(path, key)
     except Exception as error:  # NumPy reads the head of an array as Python source
         raise _damaged(error) from error
-    if array.dtype.kind not in "buif" or array.size == 0:
+    if array is None or array.dtype.kind not in "buif" or array.size == 0:
         return None
     if array.ndim == 2:
         array = array.reshape(-1, SIDE, SIDE) if array.shape[1] == SIDE * SIDE else array[None]
-    elif array.ndim == 3 and array.shape[2] == 3:
+    elif array.ndim == 3 and array.shape[2] in (1, 3):
         array = array[None]
     elif array.ndim == 4 and array.shape[1] in (1, 3):
         array = np.moveaxis(array, 1, 3)
@@ -92,14 +100,19 @@ def _damaged(error: Exception) -> ImageError:
     return ImageError(f"is damaged ({one_line(error, limit=200) or type(error).__name__})")
 
 
-def _entry(path: str, key: str) -> np.ndarray:
-    """An array of an .npz file, whose size is known before it is read: a small file can expand to any size."""
+def _entry(path: str, key: str) -> np.ndarray | None:
+    """An array of an .npz file, whose size is known before it is read: a small file can expand to any size.
+
+    None for Python objects, such as names, which are not read.
+    """
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran_order, dtype = read_header[version](file)
         if dtype.hasobject:
-            raise ValueError("holds Python objects")
+            return None
+        if any(length < 0 for length in shape):
+            raise ValueError("the shape of an array is negative")
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if size > MAX_BYTES:
             raise ValueError(f"an array of {size:,} bytes; at most {MAX_BYTES:,} are read")

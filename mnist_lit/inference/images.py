@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,11 +29,13 @@ MAX_PIXELS = 80_000_000  # four times a phone camera's resolution; up to 1.7 GB 
 MAX_BYTES = 2**26  # of a file: 20 million uncompressed pixels in colour
 MAX_SCANS = 50  # of a progressive JPEG with as many pixels as allowed; cameras and editors write ten
 
+TOPS = (1.0, 255.0, 65535.0)  # full brightness, as files other than of bytes have it
 WORKING_SIDE = 256  # larger images are first reduced by a whole factor to about this size
 
 # What Pillow raises for truncated or corrupted files.
 DECODE_ERRORS = (
-    OSError, RuntimeError, SyntaxError, ValueError, TypeError, IndexError, EOFError, MemoryError, struct.error, zlib.error
+    OSError, RuntimeError, SyntaxError, ValueError, TypeError, IndexError, ArithmeticError, EOFError, MemoryError,
+    struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -71,13 +74,14 @@ def read_grey(
     """
     try:
         content = _content(file)
-        if content[4:12] in HEIC and formats is FORMATS:
+        is_heic = content[4:12] in HEIC and b"avif" not in content[16:64]  # among the kinds that it says it is, too
+        if is_heic and formats is FORMATS:
             formats = (*formats, _registered_heif())
         with Image.open(io.BytesIO(content), formats=formats) as image:
             _check_size(image, content, max_pixels)
             image.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # JPEG: decode at down to 1/8 scale
             image.load()
-            return reduced_grey(ImageOps.exif_transpose(image))
+            return reduced_grey(_upright(image))
     except UnidentifiedImageError as error:
         raise ImageError(f"is not an image in {', '.join(formats[:-1])} or {formats[-1]} format") from error
     except Image.DecompressionBombError as error:
@@ -86,6 +90,12 @@ def read_grey(
         raise ImageError(f"cannot be read ({error.strerror})") from error
     except DECODE_ERRORS as error:
         raise ImageError(f"is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with suppress(*DECODE_ERRORS):  # damaged EXIF data: other programs show such a picture as it is
+        return ImageOps.exif_transpose(image)
+    return image
 
 
 def reduced_grey(image: Image.Image) -> np.ndarray:
@@ -145,18 +155,27 @@ def _check_size(image: Image.Image, content: bytes, max_pixels: int) -> None:
 
 def _grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16- or 32-bit integers, or floating point
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = float(values.min()), float(values.max())
-        tops = (65535.0,) if image.mode.startswith("I;16") else (1.0, 255.0, 65535.0)
-        top = next((top for top in tops if low >= 0 and high <= top), high)
-        if high - low > top / 3:  # otherwise they are of fewer bits, as cameras and microscopes have them
-            low = min(low, 0.0)
-        else:
-            top = high
-        return Image.fromarray((values - low) * (255 / ((top - low) or 1)))
+        return Image.fromarray(scaled(np.asarray(image), (65535.0,) if image.mode.startswith("I;16") else TOPS))
     if image.mode in ("1", "L") and not image.has_transparency_data:
         return image.convert("L")
     return _clearest_channel(_on_paper(image.convert("RGBA")) if image.has_transparency_data else image.convert("RGB"))
+
+
+def scaled(values: np.ndarray, tops: tuple[float, ...] = TOPS) -> np.ndarray:
+    """Brightness in whatever numbers as float32 from 0 to 255.
+
+    Args:
+        tops: What full brightness may be. If no value is negative or higher, it is the first that is high enough.
+    """
+    finite = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    finite = finite.clip(-1e38, 1e38)  # a difference of larger ones would not be finite
+    low, high = float(finite.min()), float(finite.max())
+    top = next((top for top in tops if low >= 0 and high <= top), high)
+    if high - low > top / 3:  # otherwise they are of fewer bits, as cameras and microscopes have them
+        low = min(low, 0.0)
+    else:
+        top = high
+    return (finite - low) * np.float32(255 / ((top - low) or 1))
 
 
 def _on_paper(image: Image.Image) -> Image.Image:

@@ -156,11 +156,13 @@ def _paper(grey: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _two_greys(grey: np.ndarray) -> tuple[float, float, float]:
-    """Otsu's method: the mean greys of the two classes, and the fraction of the variance that they explain."""
+    """Otsu's method: the mean greys of the two classes, and the fraction of the variance that they explain; 0 for one grey."""
     counts = np.bincount(grey.astype(np.uint8).reshape(-1), minlength=256).astype(np.float64)
     below, sums = counts.cumsum(), (counts * np.arange(256)).cumsum()
     above = below[-1] - below
     split = (below > 0) & (above > 0)
+    if not split.any():
+        return float(grey.mean()), float(grey.mean()), 0.0
     dark, light = sums[split] / below[split], (sums[-1] - sums[split]) / above[split]
     explained = below[split] * above[split] * (light - dark) ** 2 / below[-1] ** 2
     best = int(explained.argmax())

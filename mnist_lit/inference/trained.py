@@ -1,5 +1,7 @@
 """Load a trained network from a checkpoint or a run folder, without Lightning."""
 
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ class TrainedModel(nn.Module):
     def reads_digits(self) -> bool:
         """Whether the classes are the ten digits, as far as the data that the weights have been trained on last say."""
         if self.names:
-            return all(name.startswith(str(digit)) for digit, name in enumerate(self.names))
+            return all(re.fullmatch(rf"{digit}( - \w+)?", name) for digit, name in enumerate(self.names))  # "7 - seven"
         known = (MNIST_NAME, SAMPLE_NAME, UNKNOWN_DATA["name"])
         return not self.trained_on or self.trained_on[-1]["name"] in known
 
@@ -114,10 +116,10 @@ def find(ckpt: str | Path) -> Path:
     Raises:
         UserError: There is none, or the folder's is damaged; the message then names the newest intact one.
     """
-    path = Path(ckpt).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(ckpt))
+    if os.path.isfile(path):
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"ckpt={ckpt}: there is no such checkpoint or run")
     if not (checkpoint := runs.checkpoint_of(path)):
         raise UserError(f"ckpt={ckpt}: there is no checkpoint in this folder ({runs.BEST} or {runs.LAST})")

@@ -1,5 +1,6 @@
 """Safe reading of checkpoint files: no code in them is executed, and damaged ones are refused."""
 
+import os
 import pickletools
 import re
 import zipfile
@@ -10,7 +11,7 @@ from typing import Any
 from mnist_lit import UserError
 from mnist_lit.storage.archives import BROKEN, require_short_list
 from mnist_lit.storage.tables import one_line
-from mnist_lit.storage.trust import require_trusted, targets
+from mnist_lit.storage.trust import KNOWN_NETWORKS, require_trusted, targets
 
 # Bounds of what is read. PyTorch does not compress, so a checkpoint takes no more memory than its file.
 MAX_BYTES = 4 * 2**30
@@ -33,12 +34,15 @@ def corruption(path: Path) -> str:
     PyTorch's files are zip archives with a checksum for each tensor, which ``torch.load`` does not verify, and a pickle
     that refers to them.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"{path} is a folder, not a checkpoint"
-    if not path.is_file():
+    if not os.path.isfile(path):
         return f"{path}: there is no such file"
-    with path.open("rb") as file:
-        start = file.read(4)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
     if not start:
         return f"{path} is empty, not a checkpoint"
     if start != b"PK\3\4":
@@ -124,7 +128,9 @@ def hyper_parameters(
     """
     found = checkpoint["hyper_parameters"]
     sections = {section: found.get(section) for section in ("model", "optimizer", "scheduler")} | chosen
-    require_trusted(sections, path, trust, chosen=targets(chosen))
+    chosen_classes = [*targets(chosen)]
+    require_trusted(sections["model"], path, trust, chosen_classes, KNOWN_NETWORKS)
+    require_trusted(sections, path, trust, chosen_classes)
     return sections
 
 

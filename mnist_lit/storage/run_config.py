@@ -42,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _require_plain(text: str) -> None:
     """
     Raises:
-        ValueError: What the YAML text stands for is larger than a configuration.
+        ValueError: What the YAML text stands for is larger than a configuration, or more than plain values.
     """
     depth = values = 0
     for event in yaml.parse(text, LOADER):
@@ -50,5 +50,8 @@ def _require_plain(text: str) -> None:
         values += isinstance(event, yaml.ScalarEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("it has aliases")  # noqa: TRY004  # a few of which stand for any number of values
+        # Both would become other values, with classes that nobody has looked at, once the configuration is used.
+        if getattr(event, "tag", None) or "${" in str(getattr(event, "value", "")):
+            raise ValueError("it has tags or interpolations, which no run writes")
         if depth > MAX_DEPTH or values > MAX_VALUES or len(getattr(event, "value", "")) > MAX_LENGTH:
             raise ValueError("it is nested too deeply, or has too many or too long values")

@@ -6,10 +6,11 @@ from typing import Any
 from mnist_lit import UserError
 from mnist_lit.storage.tables import one_line
 
+# What any file may name as a network; one of another kind could take any memory when it is built.
+KNOWN_NETWORKS = ("mnist_lit.network", "mnist_lit.other_networks")
 # The classes, and modules of classes, that any file may name. Importing them does nothing else.
 KNOWN = (
-    "mnist_lit.network",
-    "mnist_lit.other_networks",
+    *KNOWN_NETWORKS,
     "mnist_lit.data",
     "mnist_lit.mnist_like",
     "mnist_lit.image_folder",
@@ -34,18 +35,21 @@ def targets(values: Any) -> Iterator[Any]:
             if key == "_target_":
                 yield value
             yield from targets(value)
-    elif isinstance(values, list):
+    elif isinstance(values, (list, tuple, set, frozenset)):
         for value in values:
             yield from targets(value)
 
 
-def require_trusted(values: Any, where: object, trust: Iterable[str], chosen: Iterable[str] = ()) -> None:
+def require_trusted(
+    values: Any, where: object, trust: Iterable[str], chosen: Iterable[str] = (), known: Iterable[str] = KNOWN
+) -> None:
     """Check the classes that ``values``, which come from a file, name.
 
     Args:
         where: The file, for the message.
         trust: Packages, modules or classes that may be imported.
         chosen: Classes that the user's own configuration names.
+        known: Modules and classes that need no trust.
 
     Raises:
         UserError: One of them may not be imported.
@@ -56,7 +60,7 @@ def require_trusted(values: Any, where: object, trust: Iterable[str], chosen: It
         if not is_name:
             raise UserError(f"{where}: _target_={one_line(target)} is not the dotted name of a class")
         is_trusted = any(f"{target}.".startswith(f"{each}.") for each in trust)
-        if not (is_trusted or target in chosen or {target, target.rpartition(".")[0]} & {*KNOWN}):
+        if not (is_trusted or target in chosen or {target, target.rpartition(".")[0]} & {*known}):
             package = target.partition(".")[0]
             raise UserError(
                 f"{where} names {target}, which is not a class of this project, so it was not imported: "

@@ -79,5 +79,5 @@ def identity(config: dict[str, Any], swept: Iterable[str]) -> str:
     for keys that are swept over."""
     keys = [key.lstrip("+~") for key in swept] + ["data.source"]
     free = [each for each in MAY_CHANGE if not any(is_one_of(key, [each]) for key in keys)]
-    decisive = {key: value for key, value in config.items() if not is_one_of(key, free)}
+    decisive = {key: value for key, value in {**BEFORE_MONITOR, **config}.items() if not is_one_of(key, free)}
     return json.dumps(decisive, sort_keys=True, default=str)

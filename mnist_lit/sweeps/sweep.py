@@ -20,6 +20,7 @@ from mnist_lit.cli.config import ConfigFiles, flatten, key_of, plain_values, quo
 from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
+from mnist_lit.storage.trust import targets
 from mnist_lit.sweeps.jobs import Job, differing, identity, read_jobs, title
 from mnist_lit.sweeps.summary import NOT_RANKED, summarize
 
@@ -34,13 +35,15 @@ def asked_jobs(files: ConfigFiles, overrides: Sequence[str]) -> list[Job]:
     """The jobs that a sweep's overrides ask for, without folders, as Hydra's basic sweeper expands them, in its order.
 
     Raises:
-        UserError: Another sweeper was chosen.
+        UserError: Another sweeper was chosen, or an order that is drawn.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     parsed = parser.parse_overrides([*overrides])
+    if shuffled := next((each.input_line for each in parsed if getattr(each.value(), "shuffle", False)), None):
+        raise UserError(f"{shuffled}: jobs have a fixed order here, leave out shuffle")
     fixed = [each.input_line for each in parsed if not each.is_sweep_override() and each.input_line]
     sweeper = files.compose(fixed).hydra.sweeper
     if not sweeper._target_.endswith(".BasicSweeper"):
@@ -151,6 +154,10 @@ class Sweep:
         each = [f"{key}={value}" for key, value in mine.overrides.items()]
         if (mine.folder / "config.yaml").exists():  # begun, and not finished
             each = [override for override in each if is_one_of(override.split("=")[0], MAY_CHANGE)]
+            # The same command has chosen the classes, and named them when the job began.
+            named = [value for key, value in mine.config.items() if key.endswith("_target_")]
+            named += targets([value for value in mine.config.values() if isinstance(value, list)])
+            each += [f"trust=[{','.join(map(str, named))}]"]
             return [*each, *self.for_each, quoted(f"resume={mine.folder}")]
         return [*each, *self.for_each, quoted(f"hydra.run.dir={mine.folder}")]
 
@@ -233,7 +240,7 @@ class SweepCommand:
             config.hydra.sweep.dir, config.hydra.output_subdir = str(folder), None  # each job has its own .hydra
             # The launcher composes the jobs with these.
             config.hydra.overrides.hydra += [quoted(f"hydra.sweep.dir={folder}"), "hydra.output_subdir=null"]
-        if not all(job.config.get("data.val_size") for job in self.task.jobs):
+        if not all(job.config.get("data.val_size", True) for job in self.task.jobs):
             log.warning(NOT_RANKED)
 
     def finish(self, config: Any) -> None:

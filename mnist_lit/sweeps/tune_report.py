@@ -11,8 +11,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lit import UserError
-from mnist_lit.cli.config import ConfigFiles, as_overrides, checked_values, flatten, plain_values
-from mnist_lit.cli.keys import is_one_of
+from mnist_lit.cli.config import CONF, ConfigFiles, as_overrides, checked_values, flatten, key_of, plain_values
+from mnist_lit.cli.keys import OF_ONE_CLASS, is_one_of
 from mnist_lit.reports.results import only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
@@ -23,6 +23,7 @@ log = logging.getLogger("mnist_lit.tune")
 
 PLOTS = ("optimization_history", "param_importances", "slice", "intermediate_values", "parallel_coordinate")
 MAX_ROWS = 10  # of the table on the terminal
+BEST = "best"  # the name of the files with the best settings
 
 
 def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: ConfigFiles, monitor: str) -> None:
@@ -41,9 +42,9 @@ def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: C
         raise UserError(f"no trial completed; {shown}/trials.csv says why")
     complete.sort(key=lambda trial: trial.value or 0.0, reverse=study.direction == StudyDirection.MAXIMIZE)
     best, keys = complete[0], list(complete[0].params)
-    (folder / "experiment").mkdir(exist_ok=True)
-    content = experiment(best, study.study_name, overrides, files, monitor)
-    atomic_write(folder / "experiment" / "best.yaml", content.encode())
+    for path, text in experiment(best, study.study_name, overrides, files, monitor).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        atomic_write(folder / path, text.encode())
     rows = [["trial", monitor, *keys]]
     rows += [[str(t.number), f"{t.value:.4f}", *(short(t.params[key]) for key in keys)] for t in complete[:MAX_ROWS]]
     failed = [trial for trial in trials if "reason" in trial.user_attrs]
@@ -58,17 +59,34 @@ def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: C
         _plot(study, folder, PLOTS if len(complete) > 1 else PLOTS[:1], monitor)
 
 
-def experiment(trial: FrozenTrial, study: str, overrides: Sequence[str], files: ConfigFiles, monitor: str) -> str:
-    """The settings of a trial as a file for ``experiment=``; it does not say where the data are."""
+def experiment(
+    trial: FrozenTrial, study: str, overrides: Sequence[str], files: ConfigFiles, monitor: str
+) -> dict[str, str]:
+    """The settings of a trial as files for ``experiment=best``, which do not say where MNIST and its like are.
+
+    Returns:
+        Each file's text by its path in the folder of the search: ``experiment/best.yaml``, and ``model/best.yaml`` or the
+        like for a group of which the trial had a class without a file in ``conf/``.
+    """
     config = files.compose([*overrides, *as_overrides(trial.params)])
-    chosen = {group: config.hydra.runtime.choices[group] for group in ("model", "optimizer")}
-    defaults = flatten(plain_values(files.compose([f"{group}={name}" for group, name in chosen.items()])))
+    values, choices = checked_values("train", config), config.hydra.runtime.choices
+    typed = [key_of(override) for override in overrides]
+    head = f"The best of the study {study}: {monitor} {trial.value:.4f} in trial {trial.number}."
+    texts, chosen = {}, {}
+    for group in OF_ONE_CLASS:
+        if (name := choices[group]) in (None, "none"):
+            continue
+        if not (CONF / group / f"{name}.yaml").exists() or f"{group}._target_" in typed:
+            texts[f"{group}/{BEST}.yaml"] = f"# {head}\n{OmegaConf.to_yaml(values.pop(group))}"
+            name = BEST
+        chosen[group] = name
+    ours = [f"{group}={name}" for group, name in chosen.items() if name != BEST]
+    defaults = flatten(plain_values(ConfigFiles("train").compose(ours)))
     changes = OmegaConf.create({"defaults": [{f"override /{group}": name} for group, name in chosen.items()]})
-    for key, value in flatten(checked_values("train", config)).items():
+    for key, value in flatten(values).items():
         if (key not in defaults or defaults[key] != value) and not is_one_of(key, NOT_SHOWN):
             OmegaConf.update(changes, key, value, force_add=True)
-    head = f"The best of the study {study}: {monitor} {trial.value:.4f} in trial {trial.number}."
-    return f"# @package _global_\n# {head}\n{OmegaConf.to_yaml(changes)}"
+    return {**texts, f"experiment/{BEST}.yaml": f"# @package _global_\n# {head}\n{OmegaConf.to_yaml(changes)}"}
 
 
 def _csv(trials: Sequence[FrozenTrial], monitor: str) -> bytes:

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 
 from mnist_lit import UserError, compat
 from mnist_lit.batches import number_from
@@ -18,16 +19,24 @@ class SeedEachBatch(L.Callback):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._loader_has_iterator = True
+        self._is_first_epoch = True
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         torch.default_generator.manual_seed(number_from("epoch", self.seed, trainer.current_epoch))
-        # In the first epoch of a process, also of a resumed run, Lightning has made the loader's iterator before this.
-        if self._loader_has_iterator:
-            torch.empty((), dtype=torch.int64).random_()  # what making one draws
-            self._loader_has_iterator = False
+        # In the first epoch of a process, also of a resumed run, Lightning has made the loaders' iterators before this.
+        if self._is_first_epoch:
+            compat.restart_train_loaders(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._is_first_epoch = True
+        if trainer.fit_loop.restarted_mid_epoch:
+            # Lightning then leaves out the hook in which these set up what they do in an epoch.
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, (StochasticWeightAveraging, GradientAccumulationScheduler)):
+                    callback.on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, idx: int) -> None:
+        self._is_first_epoch = False
         number = number_from("batch", self.seed, trainer.current_epoch, idx, trainer.global_rank)
         # Not torch.manual_seed(): it also queues the call for unused devices, which takes a millisecond.
         torch.default_generator.manual_seed(number)

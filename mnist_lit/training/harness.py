@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import loggers
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -159,11 +160,15 @@ def prepare_data(
         stages: What the data will be used for.
 
     Raises:
-        UserError: The data are missing or corrupt, a fraction of the batches selects none, the validation interval is
-            longer than an epoch, a batch cannot be divided equally among the processes, or something monitors validation
-            and there is no validation split.
+        UserError: The data are missing or corrupt, there is nothing to test with, a fraction of the batches selects none,
+            a batch cannot be divided equally among the processes, or something monitors validation and there is no
+            validation split.
     """
+    if arguments.get("limit_test_batches") == 0:
+        raise UserError("trainer.limit_test_batches=0: every run ends with a test, for which one batch is enough")
     if not isinstance(data, MNISTDataModule):
+        if "test" in stages and not is_overridden("test_dataloader", data, L.LightningDataModule):
+            raise UserError(f"data: {type(data).__name__} has no test_dataloader, and every run ends with a test")
         return
     data.prepare_data()
     data.setup()
@@ -178,10 +183,7 @@ def prepare_data(
     for name, metric in {**monitored, "scheduler": (scheduler or {}).get("monitor")}.items():
         if str(metric).startswith("val") and not data.facts["val"]:
             raise UserError(f"{name} monitors {metric}, and there is no validation split: set data.val_size")
-    count, processes, interval = data.facts["train"], trainer.world_size, arguments.get("val_check_interval")
-    batches = math.ceil(count / data.batch_size)
-    if isinstance(interval, int) and interval > batches and arguments.get("check_val_every_n_epoch", 1) is not None:
-        raise UserError(f"trainer.val_check_interval={interval}: an epoch has only {batches} batches")
+    count, processes = data.facts["train"], trainer.world_size
     if data.batch_size % processes or count % data.batch_size % processes:
         raise UserError(
             f"data.batch_size={data.batch_size}: each batch of the {count:,} training images, the last one too, must "
@@ -190,19 +192,35 @@ def prepare_data(
 
 
 @contextmanager
-def fitting(trainer: L.Trainer) -> Iterator[None]:
+def fitting(trainer: L.Trainer, is_new: bool) -> Iterator[None]:
     """In this block, log lines appear above the progress bar; at its end, those that stopped the run early say why.
+
+    A new run that is refused before its first step leaves no configuration, so that its folder is no run's.
 
     Raises:
         UserError: Lightning finds the configuration wrong, or what a checkpoint holds cannot be restored.
     """
     bar = logging_redirect_tqdm() if trainer.is_global_zero else nullcontext()  # only it has a bar
     try:
-        with bar:
+        with bar, _errors_as_user_errors(trainer):
             yield
+    except UserError:
+        if is_new and trainer.is_global_zero and not trainer.global_step:
+            (Path(trainer.default_root_dir) / "config.yaml").unlink(missing_ok=True)
+        raise
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if reason := getattr(callback, "stopping_reason_message", None):
+            log.info("stopped early: %s", " ".join(reason.split()))
+
+
+@contextmanager
+def _errors_as_user_errors(trainer: L.Trainer) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
-        # The second is early stopping's, at the end of the first epoch.
-        if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
+        # The second is early stopping's, at the end of the first epoch; the third the length of an epoch.
+        said = ("conditioned on metric", "`val_check_interval`")
+        if isinstance(error, MisconfigurationException) or any(each in str(error) for each in said):
             raise UserError(" ".join(str(error).split())) from error
         if large := re.fullmatch(r"Target (\d+) is out of bounds.*", str(error)):  # a GPU does not say so
             raise UserError(
@@ -213,9 +231,17 @@ def fitting(trainer: L.Trainer) -> Iterator[None]:
             raise
         what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{trainer.ckpt_path} cannot be resumed: its state does not fit this run ({what})") from error
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if reason := getattr(callback, "stopping_reason_message", None):
-            log.info("stopped early: %s", " ".join(reason.split()))
+
+
+def only_loader_of(results: Sequence[Any]) -> dict[str, Any]:
+    """What the test of the only test loader gave.
+
+    Raises:
+        UserError: There are several.
+    """
+    if len(results) != 1:
+        raise UserError(f"data: {len(results)} test loaders; a run is tested with one")
+    return dict(results[0])
 
 
 def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str, Any], resume: Any) -> None:
