@@ -144,7 +144,7 @@ def must_be(error: Any) -> str:
 
 
 def accepted(cls: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The subset of ``arguments`` that ``cls`` has parameters for, or passes on to a base class as ``**kwargs``."""
+    """The subset of ``arguments`` that ``cls`` has parameters for, or as ``**kwargs`` is taken to pass on to a base class."""
     names: set[str] = set()
     for each in inspect.getmro(cls) if isinstance(cls, type) else [cls]:
         parameters = inspect.signature(each).parameters

@@ -198,9 +198,10 @@ def load_checkpoint(path: Path, trust: Iterable[str] = ()) -> Any:
     classifier = MNISTClassifier.load_from_checkpoint(path, trust=trust)
     if type(classifier.network) is not TutorialCNN:
         raise UserError(f"{path}: holds a {type(classifier.network).__name__}; only a TutorialCNN can be converted")
+    temperature = read_checkpoint(path).get("temperature", 1.0)
     with torch.no_grad():
         for parameter in classifier.network.dense2.parameters():
-            parameter.div_(read_checkpoint(path).get("temperature", 1.0))
+            parameter.div_(temperature)
     return classifier
 
 

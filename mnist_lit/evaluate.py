@@ -67,7 +67,7 @@ def evaluate(
     harness.prepare_data(lightning_trainer, datamodule, trainer, stages=["test"])
     with runs.locked(folder) if lightning_trainer.is_global_zero else nullcontext():
         started = time.perf_counter()
-        test = harness.only_loader_of(lightning_trainer.test(classifier, datamodule, verbose=False))
+        test = harness.tested(lightning_trainer, classifier, datamodule)
         results = {
             **test,
             **scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes"), temperature),

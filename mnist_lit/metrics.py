@@ -37,14 +37,15 @@ class StageMetrics(nn.ModuleDict):
         """The values over all ranks.
 
         Raises:
-            UserError: A metric gives more than one value.
+            UserError: A metric gives something other than one number.
         """
         values = {}
         for name, metric in self._metrics():
             value = metric.compute()
-            if getattr(value, "numel", lambda: 1)() != 1:
-                raise UserError(f"metrics.{name}: gives {value.numel()} values, and not one (is there an average=?)")
-            values[name] = float(value)
+            try:
+                values[name] = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"metrics.{name}: gives no single number (does it need an average=?)") from error
         return values
 
     def compute_locally(self) -> dict[str, float]:
@@ -75,7 +76,7 @@ class StageMetrics(nn.ModuleDict):
 
         def kept(value: Tensor) -> Tensor:
             moved = fn(value)
-            return moved if moved.itemsize >= value.itemsize else moved.to(value.dtype)
+            return moved if moved.itemsize >= value.itemsize else value.to(moved.device)
 
         return super()._apply(kept, *arguments)
 

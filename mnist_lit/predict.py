@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mnist_lit import UserError, require_packages
 from mnist_lit.cli import latest
-from mnist_lit.cli.launch import launch, loading
+from mnist_lit.cli.launch import launch, loading, print_for_pipes
 from mnist_lit.inference.contact_sheet import MAX_IMAGES, contact_sheet_of
 from mnist_lit.storage.atomic import atomic_write, require_free
 from mnist_lit.storage.tables import one_line, to_csv
@@ -256,6 +256,7 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def _command(**values: Any) -> None:
     """Run ``predict`` and print the results; at the end, a UserError if some images could not be predicted."""
     rows = predict(**values)
+    print_for_pipes()  # not earlier: a worker's broken pipe would end this process without a word
     failed = [row for row in rows if row["error"]]
     left_out = list(skipped([values["images"]] if isinstance(values["images"], str) else values["images"]))
     if values["output"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import suggestion
-from mnist_lit.cli.launch import launch
+from mnist_lit.cli.launch import launch, print_for_pipes
 from mnist_lit.storage.atomic import atomic_path, atomic_write, require_free
 from mnist_lit.storage.tables import printable, text_table, to_csv
 from mnist_lit.sweeps import records
@@ -183,6 +183,7 @@ def _draw(chosen: Sequence[Record], path: Path) -> None:
 
 
 def _command(**values: Any) -> None:
+    print_for_pipes()
     rows = runs(**values)
     if values["compare"]:
         print(side_by_side(rows))

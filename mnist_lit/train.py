@@ -99,7 +99,7 @@ def train(
             start = resume if resume and Path(resume).is_file() else None
             lightning_trainer.fit(classifier, datamodule=datamodule, ckpt_path=start)
         checkpoints.load_best(classifier)
-        test = harness.only_loader_of(lightning_trainer.test(classifier, datamodule, verbose=False))
+        test = harness.tested(lightning_trainer, classifier, datamodule)
         results = {**test, **training_results(recorder, checkpoints), "seed": seed, **limits(trainer)}
         results |= {"limited": limited_by(trainer), **harness.conditions(lightning_trainer, datamodule)}
         classes, temperature = facts_of(datamodule).get("classes"), results.get("val/temperature")

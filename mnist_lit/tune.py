@@ -15,6 +15,8 @@ from mnist_lit.cli.keys import is_one_of
 from mnist_lit.cli.launch import launch, loading, stopped_by_signals
 from mnist_lit.sweeps.jobs import identity
 
+OF_ALL = ("experiment", "debug", "local")  # groups whose files change other sections
+
 
 def tune(
     folder: str | Path,
@@ -95,21 +97,20 @@ def _of_train(typed: list[str], values: dict[str, Any], choices: Mapping[str, An
         values: The configuration without the keys that are tune's alone.
         choices: The files that were chosen for it, by group.
     """
-    train = files.compose(typed).hydra.runtime.choices
-    groups = [
-        f"{group}={name or 'null'}"
-        for group, name in choices.items()
-        if not group.startswith("hydra/") and train.get(group) != name
-    ]
-    overrides = [*groups, *typed]
-    default, train = (flatten(plain_values(files.compose(each))) for each in ([], overrides))
+    own = {group: name or "none" for group, name in choices.items() if not group.startswith("hydra/")}
+    usual = files.compose([each for each in typed if key_of(each) in own]).hydra.runtime.choices
+    own = {group: name for group, name in own.items() if group in usual}
+    overrides = [*(f"{group}={name}" for group, name in own.items() if (usual[group] or "none") != name), *typed]
+    chosen = [f"{group}={name}" for group, name in own.items() if name != "none" and group not in OF_ALL]
+    default, train = (flatten(plain_values(files.compose(each))) for each in (chosen, overrides))
     # What an experiment changes stays as it has it.
     changed = {
         key: value
         for key, value in flatten(values).items()
         if key in train and train[key] != value and train[key] == default.get(key, train[key])
     }
-    added = {f"+{key}": value for key, value in flatten(values).items() if key not in train}
+    # data.val_size is in tune.yaml for any data, and not all have it.
+    added = {f"+{key}": value for key, value in flatten(values).items() if key not in (*train, "data.val_size")}
     return [*overrides, *as_overrides({**changed, **added})]
 
 

@@ -13,9 +13,9 @@ ASKED = ["data._target_=own_data.Patches", "model._target_=own_data.Net", "train
 class Patches(L.LightningDataModule):
     """Colour images 32x32 in five classes: the class is the brightest of five columns."""
 
-    def __init__(self, size: int = 200, batch_size: int = 50) -> None:
+    def __init__(self, size: int = 200, batch_size: int = 50, workers: int = 0) -> None:
         super().__init__()
-        self.size, self.batch = size, batch_size
+        self.size, self.batch, self.workers = size, batch_size, workers
 
     def setup(self, stage: str) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -29,7 +29,7 @@ class Patches(L.LightningDataModule):
         return DataLoader(self.images, self.batch, **options)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader(shuffle=True)
+        return self._loader(shuffle=True, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader()

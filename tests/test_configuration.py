@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import Command
 from helpers import OFF, ROOT, small
 
 from mnist_lit import UserError
@@ -282,3 +283,41 @@ def test_every_key_has_a_comment(path: Path) -> None:
     for line in path.read_text().splitlines():
         if re.match(r" *\w+: *[^ |]", line) and "hydra" not in line:
             assert "#" in line, line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["optimizer.lr=${seed_}"], "train: Interpolation key 'seed_' not found"),
+        (
+            ["--config-name=mine", "--config-dir=own", "optimizer.lrr=1"],
+            "train: unknown key optimizer.lrr; did you mean",
+        ),
+        (["--config-dir=own", "experiment=many"], "train: hydra.mode=MULTIRUN: a sweep needs -m on the command line"),
+        (["data=fashion_mnist", "data.batch_size=0"], "train: data.batch_size=0: must be greater than or equal to 1"),
+        (["trainer.num_nodes=two"], "train: trainer.num_nodes=two: "),
+    ],
+)
+def test_28_what_is_refused_leaves_no_folder(
+    arguments: list[str], sentence: str, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "mine.yaml").write_text("defaults: [train, _self_]\n")
+    many = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,1'}}}\n"
+    (tmp_path / "own" / "experiment" / "many.yaml").write_text(many)
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(sentence), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["own"] or not [*tmp_path.glob("outputs/*")]
+
+
+def test_help_shows_the_file_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "adam.yaml").write_text("_target_: torch.optim.Adam\nlr: 0.12345\n")
+    assert "0.12345" not in help_text("train", ["optimizer=adam"], str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_run_that_a_callback_refuses_is_no_run(tmp_path: Path, command: Command) -> None:
+    small = ["data.source=sample", "trainer.accelerator=cpu", "trainer.limit_train_batches=2", "trainer.max_epochs=1"]
+    done = command(*small, "callbacks=lr_monitor", "hydra.run.dir=r", cwd=tmp_path)
+    assert done.returncode == 1 and "LearningRateMonitor" in done.stderr and not (tmp_path / "r").exists(), done

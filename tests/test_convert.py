@@ -14,6 +14,7 @@ from helpers import assert_same
 
 from mnist_lit import UserError
 from mnist_lit.convert import KERAS, convert, from_keras, keras_tutorial, load_checkpoint, to_keras
+from mnist_lit.inference.trained import load
 from mnist_lit.model import MNISTClassifier
 
 FORMATS = ["channels_last", "channels_first"]
@@ -271,3 +272,14 @@ def test_files_that_cannot_be_converted_are_refused(finished_run: Path, tmp_path
     assert len(list(tmp_path.iterdir())) == 4
     convert(checkpoint, str(tmp_path / "empty.keras"), overwrite=True)
     assert to_keras(load_checkpoint(Path(checkpoint))).count_params() == 1_045_576
+
+
+def test_a_calibrated_model_gives_the_same_probabilities_in_keras(finished_run: Path, tmp_path: Path, sample) -> None:
+    content = torch.load(finished_run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({**content, "temperature": 1.7}, tmp_path / "warm.ckpt")
+    convert(str(tmp_path / "warm.ckpt"), str(tmp_path / "model.keras"))
+    keras_model = keras.models.load_model(tmp_path / "model.keras")
+    images, _ = next(iter(sample.test_dataloader()))
+    with torch.inference_mode():
+        ours = load(tmp_path / "warm.ckpt")(images).numpy()
+    np.testing.assert_allclose(keras_model.predict(images_for(keras_model, images), verbose=0), ours, atol=1e-5)

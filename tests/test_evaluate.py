@@ -233,3 +233,11 @@ def test_evaluate_with_two_processes(finished_run: Path, tmp_path: Path, command
     assert two["test/loss"] == pytest.approx(one["test/loss"], rel=1e-6)
     for key in ("test/acc", "test/images", "test/digits", "test/confusion_matrix"):
         assert two[key] == one[key]
+
+
+def test_a_link_to_a_checkpoint_has_the_data_of_its_run(finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked.ckpt").symlink_to((finished_run / "checkpoints" / "last.ckpt").absolute())
+    through_link, itself = (
+        with_data_of_run({}, path) for path in (tmp_path / "linked.ckpt", finished_run / "checkpoints" / "last.ckpt")
+    )
+    assert through_link == itself != with_data_of_run({}, tmp_path / "none.ckpt")

@@ -11,6 +11,8 @@ import lightning as L
 import pytest
 import torch
 from helpers import ROOT, assert_same, final, small
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional import classification as functional
 
 from mnist_lit import UserError
@@ -20,6 +22,7 @@ from mnist_lit.cli.resume import Run, continued, find
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.evaluate import evaluate
 from mnist_lit.inference.trained import load, load_for_pictures
+from mnist_lit.metrics import StageMetrics
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.schedulers import LENGTHS
 from mnist_lit.storage import runs
@@ -117,6 +120,10 @@ def test_a_callback_of_the_group_trains(name: str, tmp_path: Path) -> None:
     assert of_callbacks.get(name, "val/acc") in logged
     if name in ("early_stopping", "ema", "swa"):  # those that have a state
         assert_same(killed_and_resumed(tmp_path / "killed", 5, *overrides), final(tmp_path / "whole"))
+        overrides += ["trainer.max_epochs=4", "checkpoint.every_n_steps=1"]
+        train(tmp_path / "longer", **small(*overrides))
+        for step in (10, 11):  # within the fourth epoch, in which SWA averages
+            assert_same(killed_and_resumed(tmp_path / str(step), step, *overrides), final(tmp_path / "longer"))
 
 
 @pytest.mark.parametrize(
@@ -426,3 +433,75 @@ def test_a_way_to_find_mistakes_trains(
     checkpoint = tmp_path / runs.LAST
     assert checkpoint.exists() == (steps is not None)
     assert steps is None or torch.load(checkpoint, weights_only=True)["global_step"] == steps
+
+
+class Both(Metric):
+    """Wraps another metric, and has a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MulticlassAccuracy(10, average="micro")
+        self.register_buffer("weight", torch.ones(()))
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        self.inner.update(logits, labels)
+
+    def compute(self) -> torch.Tensor:
+        return self.inner.compute() * self.get_buffer("weight")
+
+    def reset(self) -> None:
+        super().reset()
+        self.inner.reset()
+
+
+def test_a_metric_made_of_others_is_resumed_exactly_within_an_epoch(tmp_path: Path) -> None:
+    values = small("model=mlp", "optimizer=adam", "checkpoint.every_n_steps=1", "data.val_size=100")
+    values["metrics"] = {"both": {"_target_": f"{__name__}.Both"}}
+    found = train(tmp_path / "whole", **values)
+    assert found["train/both"] == pytest.approx(found["train/acc"])
+    killer = {"_target_": f"{__name__}.KillAt", "step": 5}
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", **{**values, "trainer": {**values["trainer"], "callbacks": [killer]}})
+    resumed = train(tmp_path / "killed", **{**values, "resume": str(find(str(tmp_path / "killed")).start)})
+    assert resumed["train/both"] == found["train/both"]
+
+
+def test_a_metric_of_several_values_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.f1: gives no single number"):
+        train(tmp_path / "f1", **small("model=mlp", "metrics=f1", "metrics.f1.average=none"))
+    roc = {"_target_": "torchmetrics.classification.MulticlassROC", "num_classes": 10, "thresholds": 5}
+    with pytest.raises(UserError, match=r"metrics\.roc: gives no single number"):
+        train(tmp_path / "roc", **{**small("model=mlp"), "metrics": {"roc": roc}})
+
+
+def test_accumulation_that_changes_by_epoch_is_resumed_within_one(tmp_path: Path) -> None:
+    values = small("model=mlp", "optimizer=adam", "checkpoint.every_n_steps=1")
+    target = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+    values["callbacks"] = {"accumulation": {"_target_": target, "scheduling": {0: 1, 1: 2}}}
+    train(tmp_path / "whole", **values)
+    killer = {"_target_": f"{__name__}.KillAt", "step": 4}  # within the second epoch
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", **{**values, "trainer": {**values["trainer"], "callbacks": [killer]}})
+    train(tmp_path / "killed", **{**values, "resume": str(find(str(tmp_path / "killed")).start)})
+    assert_same(final(tmp_path / "killed"), final(tmp_path / "whole"))
+
+
+def test_in_half_precision_the_sums_of_an_epoch_stay_as_they_are() -> None:
+    metrics = StageMetrics()
+    metrics.to(torch.bfloat16)
+    for _ in range(400):
+        metrics.add(torch.tensor(0.04, dtype=torch.bfloat16), torch.zeros(160, 10), torch.zeros(160, dtype=torch.long))
+    assert metrics.compute()["loss"] == pytest.approx(0.04, rel=0.01)
+    metrics.to(torch.float64)
+    assert metrics["loss"].mean_value.dtype == torch.float64
+
+
+def test_a_schedule_that_is_stepped_seldom_ends_with_the_run(tmp_path: Path) -> None:
+    train(
+        tmp_path,
+        **small(
+            "model=mlp", "scheduler=cosine", "scheduler.interval=epoch", "scheduler.frequency=2", "trainer.max_epochs=4"
+        ),
+    )
+    state = torch.load(tmp_path / runs.LAST, weights_only=True)
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0)

@@ -358,3 +358,29 @@ def test_preprocess_none_takes_pixels_as_they_are(digits) -> None:
 def test_worker_processes_do_not_import_torch() -> None:
     code = "import sys, mnist_lit.predict; print([n for n in ('torch', 'hydra', 'matplotlib') if n in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
+
+
+def test_a_dim_16_bit_picture_of_a_sheet_in_one_grey_is_read() -> None:
+    grey = np.full((120, 120), 100, np.uint16)
+    grey[25:95, 25:95], grey[40:80, 57:63], grey[3, 3] = 450, 280, 65535
+    with contextlib.suppress(ImageError):
+        prepare(saved(grey))
+
+
+def test_numbers_beyond_those_of_a_difference_are_read(digits) -> None:
+    values = (digits[0][0].astype(np.float32) / 127.5 - 1) * np.float32(3e38)
+    assert prepare(saved(values, "TIFF"), refuse=False).max() == 255
+
+
+def test_a_picture_with_damaged_exif_data_is_read_as_it_is(digits) -> None:
+    whole = prepare(saved(scaled(digits[0][0]), "JPEG", dpi=(72, 72)))
+    odd = saved(scaled(digits[0][0]), "JPEG", dpi=(72, 72), exif=b"Exif\0\0not an EXIF block")
+    assert_same(prepare(odd), whole)
+
+
+def test_an_avif_that_is_also_a_heif_is_an_avif(digits) -> None:
+    content = bytearray(saved(scaled(digits[0][0]), "AVIF").getvalue())
+    assert content[8:12] == b"avif" and b"avif" in content[16:64]
+    expected = prepare(io.BytesIO(bytes(content)))
+    content[8:12] = b"mif1"
+    assert_same(prepare(io.BytesIO(bytes(content))), expected)

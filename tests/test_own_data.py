@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import own_data
 import pytest
 import torch
@@ -18,7 +19,9 @@ from PIL import Image
 from test_groups import Killed
 
 from mnist_lit import UserError
+from mnist_lit.build import instantiate
 from mnist_lit.cli.config import settings
+from mnist_lit.data import MNISTDataModule
 from mnist_lit.evaluate import evaluate
 from mnist_lit.export import export
 from mnist_lit.predict import predict
@@ -66,9 +69,12 @@ def test_it_resumes_for_more_epochs(trained: Path, tmp_path: Path) -> None:
     assert train(folder, **{**values, "resume": str(folder / runs.LAST)})["epochs"] == 4
 
 
-def test_a_run_that_was_killed_goes_on_exactly_from_the_end_of_an_epoch(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_goes_on_exactly_from_the_end_of_an_epoch(workers: int, tmp_path: Path) -> None:
     """The order of the images is the sampler's, which draws from PyTorch's global generator."""
-    values = asked("trainer.max_epochs=3", "optimizer.lr=0.1")
+    values = asked("trainer.max_epochs=3", "optimizer.lr=0.1", f"+data.workers={workers}")
+    trained, tmp_path = tmp_path / "whole", tmp_path / "killed"
+    train(trained, **values)
     killer = {"_target_": "test_groups.KillAt", "step": 10}  # in the third epoch of four steps
     with pytest.raises(Killed):
         train(tmp_path, **{**values, "trainer": {**values["trainer"], "callbacks": [killer]}})
@@ -130,3 +136,39 @@ evaluate({str(tmp_path / "two")!r}, **settings("evaluate", *asked))
     assert {key: two[key] for key in one if key.startswith("test/") and key != "test/loss"} == {
         key: one[key] for key in one if key.startswith("test/") and key != "test/loss"
     }
+
+
+class Untested(own_data.Patches):
+    test_dataloader = L.LightningDataModule.test_dataloader
+
+
+class TestedTwice(own_data.Patches):
+    def test_dataloader(self) -> Any:
+        return [self._loader(), self._loader()]
+
+
+class Passing(MNISTDataModule):
+    def __init__(self, more: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (f"data._target_={__name__}.Untested", "data: Untested has no test_dataloader, and every run ends with a test"),
+        ("trainer.limit_test_batches=0", "trainer.limit_test_batches=0: every run ends with a test"),
+        (
+            f"data._target_={__name__}.TestedTwice",
+            "data: several loaders for test; a run has one for each of its parts",
+        ),
+    ],
+)
+def test_without_a_test_there_is_a_sentence(override: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        train(tmp_path, **asked("trainer.max_epochs=1", override))
+
+
+def test_a_class_that_passes_its_arguments_on_gets_the_seed() -> None:
+    section = {"_target_": f"{__name__}.Passing", "source": "sample"}
+    assert instantiate("data", section, MNISTDataModule, seed=7).seed == 7
+    assert "seed" not in vars(instantiate("data", {"_target_": "own_data.Patches"}, L.LightningDataModule, seed=7))

@@ -250,6 +250,15 @@ def test_arrays_that_cannot_be_read_say_why(good_run: Path, arrays: Path) -> Non
         file.write(bytes(2**20))
     for name, shape in (("many.npy", (2**40, 2, 2)), ("large.npy", (1, 2**20, 2**20))):  # files with holes
         np.lib.format.open_memmap(arrays / name, "w+", np.uint8, shape)
+    with (
+        zipfile.ZipFile(arrays / "negative.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w") as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (-1, 28, 28)})
+        file.write(bytes(2**20))
+    np.savez_compressed(arrays / "crowd.npz", *(np.zeros((600_000, 2, 2), np.uint8) for _ in range(2)))
+    shutil.copy(arrays / "keras.npz", arrays / "zip.npy")
+    os.mkfifo(arrays / "pipe.npy")
     reasons = {
         "many.npy": "has more than 1,000,000 images",
         "large.npy": "has 1,099,511,627,776 pixels, more than 80,000,000",
@@ -259,6 +268,10 @@ def test_arrays_that_cannot_be_read_say_why(good_run: Path, arrays: Path) -> Non
         "cut.npz": "is damaged",
         "cut.npy": "is damaged",
         "bomb.npz": r"is damaged \(an array of 1,683,627,180,032 bytes; at most 1,073,741,824 are read\)",
+        "negative.npz": r"is damaged \(the shape of an array is negative\)",
+        "crowd.npz": "has more than 1,000,000 images",
+        "zip.npy": "is damaged",
+        "pipe.npy": "is not a regular file",
     }
     for name, reason in reasons.items():
         if name == "large.npy":
@@ -299,3 +312,73 @@ def test_heic_is_read_with_its_package(good_run: Path, digits, tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
     (row,) = predict_images(tmp_path / "phone.heic", good_run)
     assert row["error"] == "is a HEIC image, which needs a package: pip install pillow-heif"
+
+
+def test_arrays_of_other_numbers_and_beside_other_arrays(good_run: Path, digits, tmp_path: Path) -> None:
+    images = digits[0][:4]
+    colour = np.repeat(images[..., None], 3, axis=3)
+    expected = [row["digit"] for row in predict_images(saved_array(tmp_path / "grey.npy", images), good_run)]
+    others: dict[str, np.ndarray] = {
+        "16 bit": colour.astype(np.uint16) * 257,
+        "beyond one": colour / 255 * 1.02,
+        "with NaN": np.where(np.arange(3) == 9, np.nan, colour / 255),
+        "from -1": (colour / 127.5 - 1).astype(np.float32),
+    }
+    for name, array in others.items():
+        rows = predict_images(saved_array(tmp_path / f"{name}.npy", array), good_run, refuse=False)
+        assert [row["digit"] for row in rows] == expected, name
+    np.savez(tmp_path / "named.npz", x=images, names=np.array([{}, None], dtype=object))
+    np.savez(tmp_path / "odd names.npz", **{"": images[:1], "a.npy": images[1:2]})
+    for name, count in (("named.npz", 4), ("odd names.npz", 2)):
+        assert [row["digit"] for row in predict_images(tmp_path / name, good_run)] == expected[:count]
+    (row,) = predict_images(saved_array(tmp_path / "one.npy", images[0][..., None]), good_run)
+    assert row["digit"] == expected[0]
+
+
+def saved_array(path: Path, array: np.ndarray) -> Path:
+    np.save(path, array)
+    return path
+
+
+def test_a_file_of_arrays_that_is_written_anew_is_read_anew(good_run: Path, digits, tmp_path: Path) -> None:
+    for images in (digits[0][:3], digits[0][-3:]):
+        np.savez(tmp_path / "d.npz", x=images)
+        rows = predict_images(tmp_path / "d.npz", good_run)
+        with torch.inference_mode():
+            expected = load(good_run)(torch.from_numpy(images).unsqueeze(1) / 255).argmax(1).tolist()
+        assert [row["digit"] for row in rows] == expected
+
+
+def test_rows_are_in_the_order_of_the_images_those_that_are_missing_too(good_run: Path, scans: Path) -> None:
+    asked = [scans / "nowhere.png", scans / "01.tif", "x" * 300, scans / "more" / "00.png"]
+    rows = predict_images(list(map(str, asked)), good_run)
+    assert [row["file"] for row in rows] == list(map(str, asked))
+    assert [row["error"] for row in rows] == ["no such file", None, "no such file", None]
+
+
+def test_a_picture_that_nobody_has_thought_of_costs_no_other_answers(
+    good_run: Path, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mnist_lit.inference import images
+
+    seen: list[np.ndarray] = []
+    usual = images.to_mnist
+
+    def odd(grey: np.ndarray, refuse: bool) -> np.ndarray:
+        seen.append(grey)
+        return usual(grey if len(seen) != 3 else grey / (1 // 0), refuse)
+
+    monkeypatch.setattr(images, "to_mnist", odd)
+    rows = predict_images(scans, good_run)
+    assert [row["error"] for row in rows].count(None) == 11
+    assert rows[2]["error"] == "cannot be prepared (ZeroDivisionError: integer division or modulo by zero)"
+
+
+def test_links_to_folders_are_named_and_names_in_no_encoding_are_printed(
+    good_run: Path, scans: Path, command: Command
+) -> None:
+    (scans / "linked").symlink_to(scans / "more")
+    shutil.copy(scans / "01.tif", scans / os.fsdecode(b"\xff.tif"))
+    assert (str(scans / "linked"), "is a link to a folder") in list(skipped([scans]))
+    done = command(f"images={scans}", f"ckpt={good_run}", verb="predict", cwd=scans.parent)
+    assert done.returncode == 0 and "\\udcff.tif: " in done.stdout, done

@@ -270,6 +270,10 @@ def test_22_a_job_that_raises_exits_or_is_killed_does_not_stop_the_others(tmp_pa
     assert again.returncode == 0 and "job 1 of 1 has been run" in again.stdout, again.stderr
     assert well.stat().st_mtime_ns == before
 
+    (tmp_path / "odd_networks.py").write_text(NETWORK.replace("raise ZeroDivisionError", "print"))
+    mended = command(*arguments[:-3], "hydra.sweep.dir=s", "model.how=raises", cwd=tmp_path)
+    assert mended.returncode == 0 and (tmp_path / "s" / "how-raises" / "metrics.json").exists(), mended
+
 
 def wait_for(condition: Any, seconds: float) -> None:
     deadline = time.monotonic() + seconds
@@ -357,3 +361,15 @@ def test_only_train_makes_sweeps_and_a_sweep_is_not_resumed_job_by_job(tmp_path:
         done = command("-m", *arguments, cwd=tmp_path, verb=verb)
         assert done.returncode == 1 and "-m" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_order_that_is_drawn_is_refused(tmp_path: Path, command: Command) -> None:
+    done = command("-m", "seed=shuffle(range(5))", *SMALL, "hydra.sweep.dir=s", cwd=tmp_path)
+    assert done.stderr == "train: seed=shuffle(range(5)): jobs have a fixed order here; leave out shuffle\n"
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.slow
+def test_another_monitor_makes_other_jobs(tmp_path: Path) -> None:
+    first, second = (planned(tmp_path, "seed=0,1", f"checkpoint.monitor={each}") for each in ("val/acc", "val/f1"))
+    assert not {*names(first)} & {*names(second)}

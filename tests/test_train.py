@@ -97,7 +97,7 @@ def test_with_a_validation_split_the_best_weights_are_tested(validated_run: Path
         (["trainer.limit_test_batches=0.01"], r"selects no batch \(there are 10\)"),
         (["trainer.limit_train_batches=0.001"], r"selects no batch \(there are 40\)"),
         (["data.val_size=300", "trainer.limit_val_batches=0.1"], r"selects no batch \(there are 3\)"),
-        (["data.val_size=300", "trainer.val_check_interval=500"], "number of the training batches"),
+        (["data.val_size=300", "trainer.val_check_interval=500"], "an epoch has only 3 batches"),
         (["trainer.devices=64"], "must divide equally among the 64 processes"),
         (["trainer.accelerator=mps"], "trainer.accelerator=mps"),
         (["trainer.accelerator=tpu"], "trainer.accelerator=tpu"),

@@ -14,8 +14,9 @@ from helpers import ROOT, assert_same
 from mnist_lit import UserError
 from mnist_lit.cli.latest import resolve
 from mnist_lit.cli.resume import find as find_run
-from mnist_lit.inference.trained import find, load
+from mnist_lit.inference.trained import TrainedModel, find, load
 from mnist_lit.model import MNISTClassifier
+from mnist_lit.network import TutorialCNN
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import why_not_to_test
 
@@ -96,3 +97,22 @@ def test_a_model_of_the_full_set_is_not_tested_on_the_sample() -> None:
     assert "data.source=mnist" in why_not_to_test([sample, full], "mnist-sample")
     assert not why_not_to_test([sample], "mnist-sample")
     assert not why_not_to_test([sample, full], "mnist")
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        ([str(n) for n in range(10)], True),
+        (["0 - zero", "1 - one", *map(str, range(2, 10))], True),
+        ([f"{n}_cat" for n in range(10)], False),
+        (["cat", *map(str, range(1, 10))], False),
+    ],
+)
+def test_classes_are_digits_only_if_that_is_what_they_are_called(classes: list[str], expected: bool) -> None:
+    assert TrainedModel(TutorialCNN(), Path(), {}, [{"name": "own", "classes": classes}]).reads_digits is expected
+
+
+@pytest.mark.parametrize("ckpt", ["x" * 300, "~nosuchuser/x"])
+def test_a_path_that_cannot_be_is_said_in_a_sentence(ckpt: str) -> None:
+    with pytest.raises(UserError, match="there is no such checkpoint or run"):
+        load(ckpt)

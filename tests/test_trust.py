@@ -1,5 +1,6 @@
 """Files from strangers decide neither what is imported nor how much memory is taken; numbers are rows of docs/faults.md."""
 
+import contextlib
 import copy
 import pickle
 import resource
@@ -20,6 +21,7 @@ from test_groups import Killed
 from torch import nn
 
 from mnist_lit import UserError
+from mnist_lit.cli.config import settings
 from mnist_lit.convert import convert
 from mnist_lit.evaluate import evaluate
 from mnist_lit.export import export
@@ -95,6 +97,13 @@ def test_34_a_checkpoint_does_not_decide_what_is_imported(name: str, own_package
         {"model": {"_target_": "mnist_lit.network.strange.Net"}, "optimizer": TUTORIAL_OPTIMIZER},
         {"model": {"_target_": "lightning.pytorch.callbacks.model_checkpoint.os.system"}, "optimizer": {}},
         {"model": {"_target_": "strangely"}, "optimizer": {}},
+        {"model": {**TUTORIAL_MODEL, "deep": ({"_target_": "strange.Net"},)}, "optimizer": TUTORIAL_OPTIMIZER},
+        # No networks: what they are built with can take any memory.
+        {
+            "model": {"_target_": "torchmetrics.classification.MulticlassConfusionMatrix", "num_classes": 9},
+            "optimizer": {},
+        },
+        {"model": {"_target_": "kornia.augmentation.RandomAffine", "degrees": 9}, "optimizer": {}},
         {"model": {"_target_": "."}, "optimizer": {}},
         {"model": {"_target_": 5}, "optimizer": {}},
     ],
@@ -381,6 +390,10 @@ def test_38_a_pickle_that_is_none(content: bytes, tmp_path: Path) -> None:
         "data: 5\nmodel: {}\noptimizer: {}\ntrainer: {}",
         "a: &a [1]\nb: [*a, *a]",
         "a: !!python/name:os.abort",
+        "data: {x: '${oc.create:{_target_:builtins.open}}'}\nmodel: {}\noptimizer: {}\ntrainer: {}",
+        "data: {x: !!omap [y: {_target_: builtins.open}]}\nmodel: {}\noptimizer: {}\ntrainer: {}",
+        "data: {x: !!pairs [y: {_target_: builtins.open}]}\nmodel: {}\noptimizer: {}\ntrainer: {}",
+        "data: {x: '${oc.env:HOME}'}\nmodel: {}\noptimizer: {}\ntrainer: {}",
     ],
 )
 def test_38_a_run_with_an_odd_configuration_is_refused(text: str, tmp_path: Path) -> None:
@@ -397,3 +410,25 @@ def test_what_a_run_writes_can_be_read_back(finished_run: Path) -> None:
     assert_same(MNISTClassifier.load_from_checkpoint(finished_run / runs.LAST).state_dict(), expected)
     assert isinstance(load(finished_run).network, nn.Module)
     assert small()["model"] == {**load(finished_run).description, "compile": False}
+
+
+def test_34_what_an_interpolation_in_a_configuration_names_is_not_called(finished_run: Path, tmp_path: Path) -> None:
+    """Hydra resolves it after every check of the classes that are named."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    call = f"${{oc.create:{{_target_:builtins.open,file:'{tmp_path}/opened',mode:w}}}}"
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": {**config["data"], "more": call}}))
+    with pytest.raises(UserError):
+        train(run, **settings("train", f"resume={run}"))
+    with contextlib.suppress(UserError):
+        evaluate(tmp_path / "evaluated", **settings("evaluate", f"ckpt={run}", "data.source=sample"))
+    assert not (tmp_path / "opened").exists()
+
+
+def test_35_a_weight_that_holds_some_values_several_times_is_refused(tmp_path: Path) -> None:
+    """As a single changed bit in the pickle of an intact archive can make it."""
+    content = contents()
+    rows = content["state_dict"]["network.dense1.weight"]
+    content["state_dict"]["network.dense1.weight"] = rows.as_strided(rows.shape, (4096, 0))
+    with pytest.raises(UserError, match=r"network\.dense1\.weight must hold each of its values once"):
+        load(saved(tmp_path / "bent.ckpt", content))

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import colour
+import hydra
 import pytest
 import yaml
 from conftest import Command
 
 from mnist_lit import UserError
-from mnist_lit.cli.config import ConfigFiles, checked_values, flatten, plain_values, settings
+from mnist_lit.cli.config import CONF, ConfigFiles, checked_values, flatten, plain_values, settings
 from mnist_lit.cli.keys import is_one_of
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
@@ -448,6 +449,7 @@ def test_every_key_of_train_is_one_of_tune() -> None:
         ["trainer.max_time=10:00:00:00", "+trainer.limit={a:1}", "trainer.gradient_clip_val=null"],
         ["+model.x='it\\'s, so'", "+model.y=yes", "data.source=sample", "trainer.deterministic=true"],
         ["data=fashion_mnist", "augment=shift", "model=mlp"],
+        ["~optimizer.rho"],
         ["model._target_=my.Net", "+model.width=3", "data._target_=my.Data", "optimizer=mine"],
     ],
 )
@@ -509,3 +511,37 @@ def test_25_a_trial_whose_process_was_killed_before_it_began_does_not_stay_runni
     workers._fail_stale_trials()
     assert states(study) == ["FAIL", "RUNNING"]
     assert not counts(study.get_trials()[never_begun.number])
+
+
+def test_what_a_search_changes_for_its_trials(tmp_path: Path) -> None:
+    """Groups and keys of a file of one's own in place of tune.yaml, and not what an experiment has otherwise."""
+    from mnist_lit.tune import _of_train
+
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "held.yaml").write_text("# @package _global_\ndata: {val_size: 700}\n")
+    own = [
+        "tune",
+        {"override optimizer": "adam"},
+        {"override scheduler": "step"},
+        {"override augment": "shift"},
+        "_self_",
+    ]
+    (tmp_path / "mine.yaml").write_text(json.dumps({"defaults": own, "optimizer": {"lr": 0.002}, "my": {"alpha": 1}}))
+
+    def of_trials(name: str, *typed: str) -> dict[str, Any]:
+        place, other = (CONF, tmp_path) if name == "tune" else (tmp_path, CONF)
+        with hydra.initialize_config_dir(str(place), version_base="1.3", job_name="test"):
+            config = hydra.compose(name, [*typed, f"hydra.searchpath=[file://{other}]"], return_hydra_config=True)
+        values = {key: value for key, value in plain_values(config).items() if key not in OWN}
+        files = ConfigFiles("train", str(tmp_path))
+        given = _of_train([*typed], values, config.hydra.runtime.choices, files)
+        return flatten(plain_values(files.compose(given)))
+
+    OWN = {"n_trials", "storage", "study", "sampler", "pruner", "sampler_seed", "workers", "space"}
+    usual = of_trials("tune")
+    assert usual["data.val_size"] == 5000 and usual["trainer.enable_checkpointing"] is False
+    assert of_trials("tune", "experiment=held")["data.val_size"] == 700
+    assert of_trials("tune", "data.val_size=600")["data.val_size"] == 600
+    mine = of_trials("mine", "scheduler.step_size=3")
+    assert (mine["optimizer._target_"], mine["optimizer.lr"]) == ("torch.optim.Adam", 0.002)
+    assert mine["augment._target_"] and (mine["scheduler.step_size"], mine["my.alpha"]) == (3, 1)

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import gc
 import inspect
+import io
 import logging
 import os
 import shutil
@@ -64,7 +65,7 @@ def launch(
     if flags.help:
         from mnist_lit.cli.help import help_text
 
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that --help | head ends quietly
+        print_for_pipes()
         print(help_text(files.name, flags.overrides, files.user_folder))
         return
     command = VerbRun(verb, files, work, run_folder)
@@ -111,6 +112,14 @@ def _exceptions_from_hydra() -> Iterator[None]:
         yield
     except InCallback as error:
         raise error.__cause__ or error from None
+
+
+def print_for_pipes() -> None:
+    """From now on, end quietly when nobody reads any more (``| head``), and print names of files of any encoding."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def show_tracebacks_as_asked() -> None:

@@ -26,7 +26,7 @@ def names_in(path: str) -> list[str]:
     """The names of the images in a file: ``digits.npy[0]``, or ``mnist.npz:x_test[0]`` with the array's own name.
 
     Arrays are uint8 from 0 to 255 or of other numbers, [N, H, W], [N, H, W, channels], [N, channels, H, W], [N, 784] or of
-    one image [H, W], with one channel or three. Others in an .npz file, such as labels, are left out.
+    one image, [H, W] or [H, W, channels], with one channel or three. Others in an .npz file, such as labels, are left out.
 
     Raises:
         ImageError: The file is damaged or has no such array.
@@ -53,7 +53,7 @@ def read_named(name: str) -> Image.Image:
     image = np.asarray(images[int(match[3])])
     if image.ndim == 2:
         return Image.fromarray(image if image.dtype == np.uint8 else image.astype(np.float32))
-    return Image.fromarray(image if image.dtype == np.uint8 else scaled(image).astype(np.uint8))
+    return Image.fromarray(image if image.dtype == np.uint8 else np.rint(scaled(image)).astype(np.uint8))
 
 
 def _images(path: str, key: str | None) -> Any:

@@ -24,7 +24,7 @@ def contact_sheet_of(cells: list[tuple[dict[str, Any], np.ndarray | None]]) -> b
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(11)
     for i, (row, pixels) in enumerate(cells):
         left, top = i % columns * WIDTH + GAP, i // columns * HEIGHT + GAP
-        name = str(row["file"]).rpartition("/")[2].encode("ascii", "replace").decode()  # the font has ASCII only
+        name = _printable(str(row["file"]).rpartition("/")[2])
         name = name if len(name) <= 15 else f"{name[:6]}...{name[-6:]}"
         if pixels is None:
             draw.rectangle((left, top, left + SIZE, top + SIZE), fill="#eeeeee")
@@ -33,15 +33,16 @@ def contact_sheet_of(cells: list[tuple[dict[str, Any], np.ndarray | None]]) -> b
             sheet.paste(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.NEAREST), (left, top))
             text, color = "no digit", "#b00020"
             if not row["error"]:
-                # A class's name is cut to fit into the cell.
-                text = (
-                    f"{row['name'][:8]} {row['probability']:.0%}"
-                    if "name" in row
-                    else f"{row['digit']}   {row['probability']:.1%}"
-                )
+                text = f"{row['digit']}   {row['probability']:.1%}"
+                if "name" in row:  # cut to fit into the cell
+                    text = f"{_printable(row['name'])[:8]} {row['probability']:.0%}"
                 color = "#b00020" if row["probability"] < 0.9 else "black"
         draw.text((left, top + SIZE + 3), text, fill=color, font=large)
         draw.text((left, top + SIZE + 23), name, fill="#555555", font=small)
     file = io.BytesIO()
     sheet.save(file, format="PNG")
     return file.getvalue()
+
+
+def _printable(text: str) -> str:
+    return text.encode("ascii", "replace").decode()  # the font has ASCII only

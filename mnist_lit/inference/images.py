@@ -165,7 +165,7 @@ def scaled(values: np.ndarray, tops: tuple[float, ...] = TOPS) -> np.ndarray:
     """Brightness in whatever numbers as float32 from 0 to 255.
 
     Args:
-        tops: What full brightness may be. If no value is negative or higher, it is the first that is high enough.
+        tops: What full brightness may be: if no value is negative, the first of these that none exceeds.
     """
     finite = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     finite = finite.clip(-1e38, 1e38)  # a difference of larger ones would not be finite
@@ -175,7 +175,7 @@ def scaled(values: np.ndarray, tops: tuple[float, ...] = TOPS) -> np.ndarray:
         low = min(low, 0.0)
     else:
         top = high
-    return (finite - low) * np.float32(255 / ((top - low) or 1))
+    return (finite - low) * np.float32(min(255 / ((top - low) or 1), 1e38))
 
 
 def _on_paper(image: Image.Image) -> Image.Image:

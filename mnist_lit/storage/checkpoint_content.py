@@ -13,13 +13,18 @@ from mnist_lit.storage.tables import one_line
 
 
 def _check_tensor(value: Any) -> Any:
-    """A dense tensor whose values are all in the file: stride 0 makes a large one out of a single number."""
+    """A dense tensor whose values are all in the file, each once: stride 0 makes a large one out of a single number."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
         raise ValueError("must be a dense tensor")
     if value.device.type != "cpu" or value.is_quantized or value.is_complex():
         raise ValueError(f"must be a tensor of real numbers, not {value.dtype} on {value.device}")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(f"must hold all its {value.numel():,} values")
+    last = 0  # the place of the last value, along the dimensions so far
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= last:
+            raise ValueError("must hold each of its values once")
+        last += (size - 1) * stride
     return value
 
 

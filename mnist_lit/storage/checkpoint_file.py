@@ -11,7 +11,7 @@ from typing import Any
 from mnist_lit import UserError
 from mnist_lit.storage.archives import BROKEN, require_short_list
 from mnist_lit.storage.tables import one_line
-from mnist_lit.storage.trust import KNOWN_NETWORKS, require_trusted, targets
+from mnist_lit.storage.trust import KNOWN_IN_CHECKPOINT, require_trusted, targets
 
 # Bounds of what is read. PyTorch does not compress, so a checkpoint takes no more memory than its file.
 MAX_BYTES = 4 * 2**30
@@ -128,9 +128,8 @@ def hyper_parameters(
     """
     found = checkpoint["hyper_parameters"]
     sections = {section: found.get(section) for section in ("model", "optimizer", "scheduler")} | chosen
-    chosen_classes = [*targets(chosen)]
-    require_trusted(sections["model"], path, trust, chosen_classes, KNOWN_NETWORKS)
-    require_trusted(sections, path, trust, chosen_classes)
+    for section, known in KNOWN_IN_CHECKPOINT.items():
+        require_trusted(sections[section], path, trust, targets(chosen), known)
     return sections
 
 

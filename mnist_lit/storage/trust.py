@@ -6,21 +6,22 @@ from typing import Any
 from mnist_lit import UserError
 from mnist_lit.storage.tables import one_line
 
-# What any file may name as a network; one of another kind could take any memory when it is built.
-KNOWN_NETWORKS = ("mnist_lit.network", "mnist_lit.other_networks")
+# What a checkpoint may name in each of its sections; a class of another kind could take any memory when it is built.
+KNOWN_IN_CHECKPOINT = {
+    "model": ("mnist_lit.network", "mnist_lit.other_networks"),
+    "optimizer": ("torch.optim",),
+    "scheduler": ("torch.optim.lr_scheduler", "mnist_lit.schedulers"),
+}
 # The classes, and modules of classes, that any file may name. Importing them does nothing else.
 KNOWN = (
-    *KNOWN_NETWORKS,
+    *(each for known in KNOWN_IN_CHECKPOINT.values() for each in known),
     "mnist_lit.data",
     "mnist_lit.mnist_like",
     "mnist_lit.image_folder",
-    "mnist_lit.schedulers",
     "mnist_lit.training.augment",
     "mnist_lit.training.callbacks",
     "kornia.augmentation",
     "torch.nn.CrossEntropyLoss",
-    "torch.optim",
-    "torch.optim.lr_scheduler",
     "torchmetrics.classification",
     "lightning",
     "lightning.pytorch",

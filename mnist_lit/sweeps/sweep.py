@@ -43,7 +43,7 @@ def asked_jobs(files: ConfigFiles, overrides: Sequence[str]) -> list[Job]:
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     parsed = parser.parse_overrides([*overrides])
     if shuffled := next((each.input_line for each in parsed if getattr(each.value(), "shuffle", False)), None):
-        raise UserError(f"{shuffled}: jobs have a fixed order here, leave out shuffle")
+        raise UserError(f"{shuffled}: jobs have a fixed order here; leave out shuffle")
     fixed = [each.input_line for each in parsed if not each.is_sweep_override() and each.input_line]
     sweeper = files.compose(fixed).hydra.sweeper
     if not sweeper._target_.endswith(".BasicSweeper"):

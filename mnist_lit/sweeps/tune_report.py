@@ -62,11 +62,11 @@ def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: C
 def experiment(
     trial: FrozenTrial, study: str, overrides: Sequence[str], files: ConfigFiles, monitor: str
 ) -> dict[str, str]:
-    """The settings of a trial as files for ``experiment=best``, which do not say where MNIST and its like are.
+    """The settings of a trial as files for ``experiment=best``, without the folder of MNIST or similar data.
 
     Returns:
         Each file's text by its path in the folder of the search: ``experiment/best.yaml``, and ``model/best.yaml`` or the
-        like for a group of which the trial had a class without a file in ``conf/``.
+        like for a group whose keys are not those of a file in ``conf/``.
     """
     config = files.compose([*overrides, *as_overrides(trial.params)])
     values, choices = checked_values("train", config), config.hydra.runtime.choices
@@ -76,7 +76,8 @@ def experiment(
     for group in OF_ONE_CLASS:
         if (name := choices[group]) in (None, "none"):
             continue
-        if not (CONF / group / f"{name}.yaml").exists() or f"{group}._target_" in typed:
+        changed = f"{group}._target_" in typed or any(each.startswith(f"~{group}.") for each in overrides)
+        if changed or not (CONF / group / f"{name}.yaml").exists():
             texts[f"{group}/{BEST}.yaml"] = f"# {head}\n{OmegaConf.to_yaml(values.pop(group))}"
             name = BEST
         chosen[group] = name

@@ -19,24 +19,11 @@ class SeedEachBatch(L.Callback):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._is_first_epoch = True
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         torch.default_generator.manual_seed(number_from("epoch", self.seed, trainer.current_epoch))
-        # In the first epoch of a process, also of a resumed run, Lightning has made the loaders' iterators before this.
-        if self._is_first_epoch:
-            compat.restart_train_loaders(trainer)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._is_first_epoch = True
-        if trainer.fit_loop.restarted_mid_epoch:
-            # Lightning then leaves out the hook in which these set up what they do in an epoch.
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, (StochasticWeightAveraging, GradientAccumulationScheduler)):
-                    callback.on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, idx: int) -> None:
-        self._is_first_epoch = False
         number = number_from("batch", self.seed, trainer.current_epoch, idx, trainer.global_rank)
         # Not torch.manual_seed(): it also queues the call for unused devices, which takes a millisecond.
         torch.default_generator.manual_seed(number)
@@ -44,6 +31,31 @@ class SeedEachBatch(L.Callback):
             seed_device = getattr(getattr(torch, pl_module.device.type, None), "manual_seed", None)
             if seed_device:  # other devices draw from the CPU's generator
                 seed_device(number)
+
+
+class AsInAnyEpoch(L.Callback):
+    """Makes up for what Lightning does otherwise in the first epoch of a process; behind all other callbacks.
+
+    The iterators of the training loaders are made before any hook, and if the run was stopped within that epoch, there is
+    no ``on_train_epoch_start``.
+    """
+
+    def __init__(self) -> None:
+        self._is_first = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._is_first = True
+        if trainer.fit_loop.restarted_mid_epoch:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, (StochasticWeightAveraging, GradientAccumulationScheduler)):
+                    callback.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._is_first:
+            compat.restart_train_loaders(trainer)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._is_first = False
 
 
 class StopOnNaN(L.Callback):

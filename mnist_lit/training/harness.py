@@ -28,7 +28,7 @@ from mnist_lit.data import MNISTDataModule
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import described, facts_of
 from mnist_lit.storage.tables import one_line
-from mnist_lit.training.always import TerminateOtherRanks
+from mnist_lit.training.always import AsInAnyEpoch, TerminateOtherRanks
 from mnist_lit.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mnist_lit.training.memory import peak_memory_bytes
 from mnist_lit.training.progress import ProgressBar
@@ -73,7 +73,7 @@ def build_trainer(
         "enable_model_summary": False,  # ``log_header`` has it
         "enable_checkpointing": True,  # required by a callback that may write checkpoints
     }
-    callbacks = [TerminateOtherRanks(), *callbacks, *added["callbacks"]]
+    callbacks = [TerminateOtherRanks(), *callbacks, *added["callbacks"], AsInAnyEpoch()]
     bars: list[L.Callback] = [each for each in callbacks if isinstance(each, AnyProgressBar)] or [ProgressBar()]
     callbacks = [each for each in callbacks if each not in bars] + (bars if shows_bar else [])
     try:
@@ -116,7 +116,8 @@ def build_metrics(config: dict[str, Any] | None) -> dict[str, Metric]:
         if name in ("loss", "acc"):
             raise UserError(f"metrics.{name}: {name} is measured anyway; choose another name")
         built[name] = instantiate(f"metrics.{name}", options, Metric)  # type: ignore[type-abstract]
-        if any(isinstance(state, list) for state in built[name].metric_state.values()):
+        within = [each for each in built[name].modules() if isinstance(each, Metric)]
+        if any(isinstance(state, list) for each in within for state in each.metric_state.values()):
             raise UserError(
                 f"metrics.{name}: it would keep every prediction; some metrics need thresholds not to do so"
             )
@@ -161,8 +162,8 @@ def prepare_data(
 
     Raises:
         UserError: The data are missing or corrupt, there is nothing to test with, a fraction of the batches selects none,
-            a batch cannot be divided equally among the processes, or something monitors validation and there is no
-            validation split.
+            the validation interval is longer than an epoch, a batch cannot be divided equally among the processes, or
+            something monitors validation and there is no validation split.
     """
     if arguments.get("limit_test_batches") == 0:
         raise UserError("trainer.limit_test_batches=0: every run ends with a test, for which one batch is enough")
@@ -183,7 +184,11 @@ def prepare_data(
     for name, metric in {**monitored, "scheduler": (scheduler or {}).get("monitor")}.items():
         if str(metric).startswith("val") and not data.facts["val"]:
             raise UserError(f"{name} monitors {metric}, and there is no validation split: set data.val_size")
-    count, processes = data.facts["train"], trainer.world_size
+    count, processes, interval = data.facts["train"], trainer.world_size, arguments.get("val_check_interval")
+    batches, limit = math.ceil(count / data.batch_size), arguments.get("limit_train_batches")
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    if isinstance(interval, int) and interval > batches and arguments.get("check_val_every_n_epoch", 1) is not None:
+        raise UserError(f"trainer.val_check_interval={interval}: an epoch has only {batches} batches")
     if data.batch_size % processes or count % data.batch_size % processes:
         raise UserError(
             f"data.batch_size={data.batch_size}: each batch of the {count:,} training images, the last one too, must "
@@ -220,6 +225,8 @@ def _errors_as_user_errors(trainer: L.Trainer) -> Iterator[None]:
     except Exception as error:
         # The second is early stopping's, at the end of the first epoch; the third the length of an epoch.
         said = ("conditioned on metric", "`val_check_interval`")
+        if several := re.search(r"multiple `(\w+)_dataloader`", str(error)):
+            raise UserError(f"data: several loaders for {several[1]}; a run has one for each of its parts") from error
         if isinstance(error, MisconfigurationException) or any(each in str(error) for each in said):
             raise UserError(" ".join(str(error).split())) from error
         if large := re.fullmatch(r"Target (\d+) is out of bounds.*", str(error)):  # a GPU does not say so
@@ -233,15 +240,15 @@ def _errors_as_user_errors(trainer: L.Trainer) -> Iterator[None]:
         raise UserError(f"{trainer.ckpt_path} cannot be resumed: its state does not fit this run ({what})") from error
 
 
-def only_loader_of(results: Sequence[Any]) -> dict[str, Any]:
-    """What the test of the only test loader gave.
+def tested(trainer: L.Trainer, classifier: Any, data: Any) -> dict[str, Any]:
+    """The metrics of the test.
 
     Raises:
-        UserError: There are several.
+        UserError: There are several test loaders.
     """
-    if len(results) != 1:
-        raise UserError(f"data: {len(results)} test loaders; a run is tested with one")
-    return dict(results[0])
+    with _errors_as_user_errors(trainer):
+        (results,) = trainer.test(classifier, data, verbose=False)
+    return dict(results)
 
 
 def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str, Any], resume: Any) -> None:

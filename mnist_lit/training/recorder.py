@@ -97,7 +97,12 @@ class RunRecorder(L.Callback):
         self.test_seconds, self._started = _now(trainer) - self._started, None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.is_global_zero and trainer.training and not isinstance(exception, Interrupted):
+        if (
+            trainer.is_global_zero
+            and trainer.training
+            and trainer.global_step
+            and not isinstance(exception, Interrupted)
+        ):
             log.warning("stopped in %s; partial results are in %s", epoch_name(trainer), self.path.parent)
 
     def _pause(self, trainer: L.Trainer) -> None:
