@@ -19,7 +19,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 TESTS = $(RUN) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # More arguments for the command: make train ARGS="trainer.max_epochs=1 seed=7"
 ARGS ?=
-# Where the full MNIST is or goes, for demo, results, bench, fidelity and recipes; by itself where conf/ says, in data/.
+# Where the full MNIST is or goes, for demo, results, bench, fidelity and recipes; by default where conf/ says, data/.
 DATA ?=
 DATA_DIR = $(if $(DATA),data.dir=$(DATA))
 

@@ -33,7 +33,7 @@ PRINTED = {
     "dense-layers": [
         "output (1, 250), 1,024,250 parameters",
         "output (1, 10), 2,510 parameters",
-        "all in all 1,045,576 parameters",
+        "in total 1,045,576 parameters",
         "layer by layer or at once, the same: True",
     ],
     "save-and-load": ["the same predictions: True"],
