@@ -104,11 +104,12 @@ def training_table(results: dict[str, Any], folder: Path) -> str:
         ("validation", "val"),
         (f"test, {results['tested_weights']} weights", "test"),
     ]
-    others = further_metrics(results)
-    lines = [f"{'':28}{'loss':>8}{'accuracy':>10}" + "".join(f"{name:>10}" for name in others)]
+    widths = {"acc": 10, **{name: max(10, len(name) + 2) for name in further_metrics(results)}}
+    names = "".join(f"{'accuracy' if name == 'acc' else name:>{width}}" for name, width in widths.items())
+    lines = [f"{'':28}{'loss':>8}{names}"]
     for title, stage in rows:
         if f"{stage}/loss" in results:
-            values = "".join(f"{results[f'{stage}/{name}']:10.4f}" for name in ("acc", *others))
+            values = "".join(f"{results[f'{stage}/{name}']:{width}.4f}" for name, width in widths.items())
             lines.append(f"{title:28}{results[f'{stage}/loss']:8.4f}{values}")
     count, seconds = results["epochs"], results["fit_seconds"]
     lines.append(f"{count} epoch{'s' * (count != 1)} in {seconds:.0f} s on {results['device']}")

@@ -33,8 +33,8 @@ class SeedEachBatch(L.Callback):
                 seed_device(number)
 
 
-class AsInAnyEpoch(L.Callback):
-    """Makes up for what Lightning does otherwise in the first epoch of a process; behind all other callbacks.
+class FirstEpochOfProcess(L.Callback):
+    """Makes up for what Lightning does otherwise than in later epochs; behind all other callbacks.
 
     The iterators of the training loaders are made before any hook, and if the run was stopped within that epoch, there is
     no ``on_train_epoch_start``.

@@ -28,7 +28,7 @@ from mnist_lit.data import MNISTDataModule
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import described, facts_of
 from mnist_lit.storage.tables import one_line
-from mnist_lit.training.always import AsInAnyEpoch, TerminateOtherRanks
+from mnist_lit.training.always import FirstEpochOfProcess, TerminateOtherRanks
 from mnist_lit.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from mnist_lit.training.memory import peak_memory_bytes
 from mnist_lit.training.progress import ProgressBar
@@ -73,7 +73,7 @@ def build_trainer(
         "enable_model_summary": False,  # ``log_header`` has it
         "enable_checkpointing": True,  # required by a callback that may write checkpoints
     }
-    callbacks = [TerminateOtherRanks(), *callbacks, *added["callbacks"], AsInAnyEpoch()]
+    callbacks = [TerminateOtherRanks(), *callbacks, *added["callbacks"], FirstEpochOfProcess()]
     bars: list[L.Callback] = [each for each in callbacks if isinstance(each, AnyProgressBar)] or [ProgressBar()]
     callbacks = [each for each in callbacks if each not in bars] + (bars if shows_bar else [])
     try:
