@@ -12,7 +12,7 @@ QUOTED = (*PATHS, "where")  # and this is a text with =
 # and the hardware, although another device or number of threads changes the last bits.
 MAY_CHANGE = (
     *("resume", "trust", "data.dir", "data.source", "logger"),
-    *(f"checkpoint.every_n_{what}" for what in ("epochs", "steps")),
+    *("checkpoint.every_n_epochs", "checkpoint.every_n_steps"),
     *("model.cpu_kernel", "model.compile"),
     *(f"trainer.{key}" for key in ("accelerator", "profiler", "log_every_n_steps", "detect_anomaly")),
     *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),

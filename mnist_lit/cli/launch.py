@@ -327,9 +327,8 @@ def claimed(key: str, value: str | None, typed: bool) -> Path:
 
 def _refuse_what_is_missing(trainer: dict[str, Any]) -> None:
     accelerator, machines = trainer.get("accelerator"), trainer.get("num_nodes", 1)
-    if (
-        isinstance(machines, int) and machines > 1 and not ranks.started_together()
-    ):  # each would make its own folder and wait for the others
+    several = isinstance(machines, int) and machines > 1  # Lightning refuses what is no number
+    if several and not ranks.started_together():  # each would make its own folder and wait for the others
         raise UserError(f"trainer.num_nodes={machines}: start several machines with torchrun or srun (see README.md)")
     # Where the system itself has no GPU there is no need to import torch to find that out.
     devices = ("nvidia[0-9]*", "nvidiactl", "nvmap", "nvhost-gpu", "dxg", "kfd")  # NVIDIA, Jetson, WSL, ROCm

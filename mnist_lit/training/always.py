@@ -40,9 +40,6 @@ class FirstEpochOfProcess(L.Callback):
     no ``on_train_epoch_start``.
     """
 
-    def __init__(self) -> None:
-        self._is_first = True
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._is_first = True
         if trainer.fit_loop.restarted_mid_epoch:

@@ -220,13 +220,14 @@ def fitting(trainer: L.Trainer, is_new: bool) -> Iterator[None]:
 
 @contextmanager
 def _errors_as_user_errors(trainer: L.Trainer) -> Iterator[None]:
+    """In this block, what Lightning says about the configuration, the data or a checkpoint becomes a ``UserError``."""
     try:
         yield
     except Exception as error:
-        # The second is early stopping's, at the end of the first epoch; the third the length of an epoch.
-        said = ("conditioned on metric", "`val_check_interval`")
         if several := re.search(r"multiple `(\w+)_dataloader`", str(error)):
             raise UserError(f"data: several loaders for {several[1]}; a run has one for each of its parts") from error
+        # Early stopping's, at the end of the first epoch, and that of the length of an epoch, have no type of their own.
+        said = ("conditioned on metric", "`val_check_interval`")
         if isinstance(error, MisconfigurationException) or any(each in str(error) for each in said):
             raise UserError(" ".join(str(error).split())) from error
         if large := re.fullmatch(r"Target (\d+) is out of bounds.*", str(error)):  # a GPU does not say so
