@@ -18,10 +18,11 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from contenders import BATCH, for_channels_last, initial_weights, mnist
-from torch.nn import functional as F
+from torch import Tensor
 
-from mnist_lit.kernels.convolutions import convolutions, plain
+from mnist_lit.kernels.convolutions import convolutions
 
 DOCS = Path(__file__).parents[1] / "docs"
 LOOK_AFTER = (1, 10, 30, 60, 120)  # steps
@@ -36,6 +37,14 @@ def batches(images: np.ndarray, labels: np.ndarray) -> Batches:
     order = draw.permutation(len(labels))
     for chosen in np.split(order, range(BATCH, len(order), BATCH)):
         yield images[chosen], labels[chosen], draw.random((len(chosen), 64, 8, 8)) < 0.5
+
+
+def plain(
+    images: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """``convolutions`` in plain PyTorch."""
+    x = F.max_pool2d(F.conv2d(F.conv2d(images, w1, b1).relu(), w2, b2), 3).relu()
+    return x * (scale if kept is None else kept * scale)
 
 
 def here(operator: Callable[..., torch.Tensor], given: Batches) -> Iterator[Weights]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mnist_lit.kernels import convolutions as room
 from mnist_lit.kernels import library
-from mnist_lit.kernels.convolutions import convolutions, plain
+from mnist_lit.kernels.convolutions import FusedConvolutions, convolutions
 from mnist_lit.network import TutorialCNN
 
 SETS = list(library.LANES)
@@ -50,6 +50,14 @@ def parameters(filters1: int = 32, filters2: int = 64) -> list[Tensor]:
     shapes = [(filters1, 1, 3, 3), (filters1,), (filters2, filters1, 3, 3), (filters2,)]
     scales = (0.3, 0.1, 0.3 / filters1**0.5, 0.1)
     return [(torch.randn(shape) * scale).requires_grad_() for shape, scale in zip(shapes, scales, strict=True)]
+
+
+def plain(
+    images: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """``convolutions`` in plain PyTorch."""
+    x = F.max_pool2d(F.conv2d(F.conv2d(images, w1, b1).relu(), w2, b2), 3).relu()
+    return x * (scale if kept is None else kept * scale)
 
 
 def images_with_background(*shape: int) -> Tensor:
@@ -109,7 +117,7 @@ def test_of_equal_outputs_the_first_takes_the_gradient(pattern: str) -> None:
         "columns": torch.rand(3, 1, 1, 28).expand(3, 1, 28, 28),
     }[pattern]
     assert_agrees(images, parameters())
-    _, winners = room.forward(images, *parameters(), None, 1.0)
+    _, winners = FusedConvolutions.apply(images, *parameters(), None, 1.0)
     firsts = {"even": {0}, "rows": {0, 3, 6}, "columns": {0, 1, 2}}[pattern]
     assert set(winners.unique().tolist()) == firsts
 
@@ -126,7 +134,7 @@ def test_on_digits_the_same_outputs_win_and_the_same_are_zero(sample) -> None:
     outputs = F.conv2d(torch.relu(F.conv2d(images[::5].double(), w1, b1)), w2, b2)
     most, index = F.max_pool2d(outputs, 3, return_indices=True)
     places = index // 24 % 3 * 3 + index % 24 % 3
-    winners = room.forward(images[::5], *weights, None, 1.0)[1]
+    winners = FusedConvolutions.apply(images[::5], *weights, None, 1.0)[1]
     active = most > 0
     assert ((features > 0) != active).float().mean() < 5e-5
     assert (winners != places)[active].float().mean() < 5e-5
@@ -162,14 +170,6 @@ def test_inputs_that_are_not_contiguous() -> None:
         assert_same(ours, theirs)
 
 
-def test_shapes_that_do_not_fit_are_refused_before_c_reads_past_their_ends() -> None:
-    images, weights = torch.rand(2, 1, 40, 40), parameters()
-    with pytest.raises(ValueError, match=r"kept must be torch\.bool \[2, 64, 12, 12\]"):
-        convolutions(images, *weights, kept=torch.ones(2, 64, 8, 8, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"weight2 must be torch\.float32 \[64, 32, 3, 3\], not .* \[64, 16, 3, 3\]"):
-        convolutions(images, weights[0], weights[1], torch.rand(64, 16, 3, 3), weights[3])
-
-
 @pytest.mark.parametrize(
     ("changed", "to", "message"),
     [
@@ -178,25 +178,24 @@ def test_shapes_that_do_not_fit_are_refused_before_c_reads_past_their_ends() -> 
         ("images", torch.rand(2, 1, 28, 28, dtype=torch.float64), r"not torch\.float64"),
         ("weight1", torch.rand(32, 1, 1, 1), "weight1 must be"),
         ("bias1", torch.rand(31), "bias1 must be"),
-        ("weight2", torch.rand(64, 1, 3, 3), "weight2 must be"),
-        ("features", torch.rand(2, 64, 8, 7), "features must be"),
-        ("winners", torch.zeros(2, 64, 8, 8), r"winners must be torch\.uint8"),
-        ("winners", torch.full((2, 64, 8, 8), 9, dtype=torch.uint8), "winners must be from 0 to 8, not 9"),
-        ("gradient", torch.ones(1, 64, 8, 8), "gradient must be"),
-        ("gradient", torch.ones(2, 64, 8, 8).half(), "gradient must be"),
+        (
+            "weight2",
+            torch.rand(64, 16, 3, 3),
+            r"weight2 must be torch\.float32 \[64, 32, 3, 3\], not .* \[64, 16, 3, 3\]",
+        ),
+        ("bias2", torch.rand(63), "bias2 must be"),
+        ("kept", torch.ones(2, 64, 8, 8, dtype=torch.bool), r"kept must be torch\.bool \[2, 64, 12, 12\]"),
+        ("kept", torch.ones(2, 64, 12, 12), "kept must be"),
     ],
 )
-def test_backward_called_by_hand_refuses_what_would_lead_c_out_of_bounds(
+def test_shapes_that_do_not_fit_are_refused_before_c_reads_past_their_ends(
     changed: str, to: Tensor, message: str
 ) -> None:
-    weight1, bias1, weight2, bias2 = (weight.detach() for weight in parameters())
-    images = torch.rand(2, 1, 28, 28)
-    features, winners = room.forward(images, weight1, bias1, weight2, bias2, None, 1.0)
-    good = {"images": images, "weight1": weight1, "bias1": bias1, "weight2": weight2, "scale": 1.0}
-    good |= {"features": features, "winners": winners, "gradient": torch.ones_like(features)}
-    torch.ops.mnist_lit.convolutions_backward(*good.values())
+    images, weights = torch.rand(2, 1, 40, 40), parameters()
+    good = dict(zip(("images", "weight1", "bias1", "weight2", "bias2"), (images, *weights), strict=True))
+    convolutions(**good, kept=torch.ones(2, 64, 12, 12, dtype=torch.bool))
     with pytest.raises(ValueError, match=message):
-        torch.ops.mnist_lit.convolutions_backward(*(good | {changed: to}).values())
+        convolutions(**good | {changed: to})
 
 
 def test_floats_at_odd_addresses_are_copied_first() -> None:
@@ -260,53 +259,54 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     assert through.isnan().any()
 
 
-def test_the_operators_keep_torchs_rules() -> None:
-    torch.manual_seed(7)
-    images, kept, weights = torch.rand(3, 1, 13, 10), torch.rand(3, 6, 3, 2) < 0.5, parameters(4, 6)
-    for mask in (kept, None):
-        torch.library.opcheck(room.forward, (images, *weights, mask, 2.0))
-    features, winners = room.forward(images, *weights, kept, 2.0)
-    detached = [weight.detach() for weight in weights[:3]]
-    torch.library.opcheck(room.backward, (images, *detached, 2.0, features.detach(), winners, torch.ones(3, 6, 3, 2)))
-
-
-def reasons() -> dict[str, tuple[Tensor, list[Tensor], str]]:
+def test_its_gradient_has_no_gradient() -> None:
     images, weights = torch.rand(2, 1, 28, 28), parameters()
+    (gradient,) = torch.autograd.grad(convolutions(images, *weights).square().sum(), weights[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def reasons() -> dict[str, tuple[Tensor, TutorialCNN, str]]:
+    images, colour = torch.rand(2, 1, 28, 28), TutorialCNN()
+    colour.conv1 = torch.nn.Conv2d(3, 32, 3)
     return {
-        "double": (images.double(), [w.detach().double() for w in weights], "needs float32"),
-        "image gradient": (images.clone().requires_grad_(), weights, "no gradient with respect to the images"),
-        "tiny": (torch.rand(2, 1, 6, 28), weights, "at least 7x7 pixels"),
-        "colour": (torch.rand(2, 3, 28, 28), [torch.rand(32, 3, 3, 3), *weights[1:]], "images with one channel"),
-        "meta": (images.to("meta"), [w.detach().to("meta") for w in weights], "on the CPU only"),
+        "double": (images.double(), TutorialCNN().double(), "needs float32"),
+        "image gradient": (images.clone().requires_grad_(), TutorialCNN(), "no gradient with respect to the images"),
+        "colour": (torch.rand(2, 3, 28, 28), colour, "images with one channel and at least 7x7 pixels"),
+        "meta": (images.to("meta"), TutorialCNN().to("meta"), "on the CPU only"),
     }
 
 
-@pytest.mark.parametrize("name", ["double", "image gradient", "tiny", "colour", "meta"])
+def layers_of(network: TutorialCNN) -> list[torch.nn.Module]:
+    return [network.conv1, network.conv2, network.pool, network.dropout]
+
+
+@pytest.mark.parametrize("name", ["double", "image gradient", "colour", "meta"])
 def test_where_it_does_not_apply_plain_pytorch_runs_and_one_line_says_so(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images, weights, reason = reasons()[name]
-    assert reason in room.why_plain(images, *weights)
-    if name == "tiny":
-        return  # too small for the pooling window, in plain PyTorch too
+    images, network, reason = reasons()[name]
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            ours = convolutions(images, *weights)
-    expected = plain(images, *weights)
+            ours = network.eval()(images)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("convolutions: plain PyTorch, because the compiled operator ") and reason in line
+    network.cpu_kernel = False
     if not ours.is_meta:
-        assert_same(ours, expected)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"convolutions: plain PyTorch, because {room.why_plain(images, *weights)}"
-    ]
+        assert_same(ours, network(images))
+
+
+def test_images_that_are_smaller_than_a_window_are_not_for_it() -> None:
+    assert not room.can_replace(*layers_of(TutorialCNN()), torch.rand(2, 1, 6, 28))
 
 
 def test_autocast_export_and_transforms_take_plain_pytorch() -> None:
-    images, weights = torch.rand(2, 1, 28, 28), parameters()
+    images = torch.rand(2, 1, 28, 28)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "needs float32" in room.why_plain(images, *weights)
-        assert convolutions(images, *weights).dtype == torch.bfloat16
+        assert not room.can_replace(*layers_of(TutorialCNN()), images)
+        assert TutorialCNN()(images).dtype == torch.bfloat16
     exported = torch.export.export(TutorialCNN().eval(), (images,))
-    assert "mnist_lit" not in str(exported.graph)
+    assert "conv2d" in str(exported.graph)
     network = TutorialCNN().eval()
     one_by_one = torch.func.vmap(lambda image: network(image[None])[0])(images)
     torch.testing.assert_close(one_by_one, network(images), rtol=1e-4, atol=1e-5)
@@ -355,10 +355,12 @@ def test_39_without_a_good_library_plain_pytorch_runs_and_the_log_says_so_once(
     spoil(copied)
     for path in copied.glob("*.so"):
         os.utime(path, (2**31, 2**31))  # later than the source
-    images, weights = torch.rand(2, 1, 28, 28), parameters()
+    images, network = torch.rand(2, 1, 28, 28), TutorialCNN().eval()
+    network_in_plain_pytorch = TutorialCNN(cpu_kernel=False).eval()
+    network_in_plain_pytorch.load_state_dict(network.state_dict())
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert_same(convolutions(images, *weights), plain(images, *weights))
+            assert_same(network(images), network_in_plain_pytorch(images))
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("convolutions: plain PyTorch, because ") and reason in line
 

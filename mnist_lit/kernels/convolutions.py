@@ -1,8 +1,8 @@
 """The tutorial's convolutions, pooling and dropout fused into one CPU operator, written in C.
 
-``convolutions`` uses it where possible and falls back to plain PyTorch; both agree up to rounding, gradients included.
-The operator needs float32 on a CPU and the library that ``make setup``, or installing the package with a C compiler,
-builds. ``convolutions.c`` explains the algorithm.
+The network calls it where ``can_replace`` says so, and its layers in plain PyTorch elsewhere; both agree up to rounding,
+gradients included. The operator needs float32 on a CPU and the library that ``make setup``, or installing the package with a
+C compiler, builds. ``convolutions.c`` explains the algorithm.
 """
 
 import ctypes
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mnist_lit import compat
 from mnist_lit.kernels import library
@@ -59,7 +58,8 @@ def features(conv1: Any, conv2: Any, pool: nn.MaxPool2d, dropout: Dropout, image
     kept, scale = None, 1.0
     if dropout.training and dropout.p:
         kept, scale = keep_mask(_features_shape(images, conv2.weight), dropout.p)
-    return _compiled(images, conv1.weight, conv1.bias, conv2.weight, conv2.bias, kept, scale)
+    _log_once(f"convolutions: compiled for {instruction_set()}")
+    return convolutions(images, conv1.weight, conv1.bias, conv2.weight, conv2.bias, kept, scale)
 
 
 def _why_not_replaceable(name: str, layer: nn.Module) -> str:
@@ -77,7 +77,6 @@ def convolutions(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
-    *,
     kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
@@ -90,37 +89,21 @@ def convolutions(
         kept: Features that dropout keeps, bool [N, F2, P, Q]; None keeps all.
         scale: Factor for the kept features.
 
-    The compiled operator differs from plain PyTorch beyond rounding as follows:
+    It differs from plain PyTorch beyond rounding as follows:
 
     - Values of a pooling window within a relative 4e-6 of its maximum count as ties: the first one gets the gradient,
       and a feature that close to zero is zero. In PyTorch only bitwise equal values are ties.
     - Infinite images or weights can give NaN, because Winograd's sums cancel.
     - A NaN or infinite incoming gradient always reaches the weight gradients, even where ReLU masks it.
     - Zero gradients are skipped; a dense sum would give NaN for zero times infinity.
+
+    Raises:
+        ValueError: Shapes or dtypes do not match.
+        MemoryError: A few megabytes of workspace cannot be allocated.
+        RuntimeError: The library is not available.
     """
-    parameters = weight1, bias1, weight2, bias2
-    if reason := why_plain(images, *parameters):
-        _log_once(f"convolutions: plain PyTorch, because {reason}")
-        return plain(images, *parameters, kept=kept, scale=scale)
-    return _compiled(images, *parameters, kept, scale)
-
-
-def _compiled(images: Tensor, *others: Any) -> Tensor:
-    _log_once(f"convolutions: compiled for {instruction_set()}")
-    # Without gradients bypass the operator: its first call imports torch._dynamo, which takes three seconds.
-    run = forward if torch.is_grad_enabled() else _forward
-    features: Tensor = run(images, *others)[0]
-    return features
-
-
-def plain(images: Tensor, *parameters: Tensor, kept: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """``convolutions`` in plain PyTorch: the reference for the compiled operator, and its fallback."""
-    weight1, bias1, weight2, bias2 = parameters
-    x = torch.relu(F.conv2d(images, weight1, bias1))
-    # ReLU after pooling gives the same values and gradients as before it, on a ninth of the values.
-    x = torch.relu(F.max_pool2d(F.conv2d(x, weight2, bias2), 3))
-    # In x's dtype: a float32 mask would promote half precision, and round the scale in double precision.
-    return x * (scale if kept is None else kept.to(x.dtype) * scale)
+    result: tuple[Tensor, Tensor] = FusedConvolutions.apply(images, weight1, bias1, weight2, bias2, kept, scale)
+    return result[0]
 
 
 def why_plain(images: Tensor, *parameters: Tensor) -> str:
@@ -144,88 +127,41 @@ def instruction_set() -> str:
     return _library()[2]
 
 
-def _forward(
-    images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, kept: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Features [N, F2, P, Q] float32, and the index 0..8 of each maximum in its pooling window, uint8.
+class FusedConvolutions(torch.autograd.Function):
+    """``convolutions``, and the index 0..8 of each maximum in its pooling window: uint8 [N, F2, P, Q]."""
 
-    Raises:
-        ValueError: Shapes or dtypes do not match.
-        MemoryError: A few megabytes of workspace cannot be allocated.
-    """
-    sizes = _sizes(images, weight1, bias1, weight2)
-    features, winners = _features_and_winners(images, weight1, bias1, weight2)
-    _check("bias2", bias2, (len(weight2),))
-    if kept is not None:
-        _check("kept", kept, features.shape, torch.bool)
-    _call("mnist_lit_forward", sizes, images, weight1, bias1, weight2, bias2, kept, scale, features, winners)
-    return features, winners
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        kept: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        sizes, shape = _sizes(images, weight1, bias1, weight2), _features_shape(images, weight2)
+        _check("bias2", bias2, (len(weight2),))
+        if kept is not None:
+            _check("kept", kept, shape, torch.bool)
+        features, winners = images.new_empty(shape), images.new_empty(shape, dtype=torch.uint8)
+        _call("mnist_lit_forward", sizes, images, weight1, bias1, weight2, bias2, kept, scale, features, winners)
+        ctx.sizes, ctx.scale = sizes, scale
+        ctx.mark_non_differentiable(winners)
+        ctx.save_for_backward(images, weight1, bias1, weight2, features, winners)
+        return features, winners
 
-
-forward = torch.library.custom_op("mnist_lit::convolutions", _forward, mutates_args=(), device_types="cpu")
-
-
-@torch.library.custom_op("mnist_lit::convolutions_backward", mutates_args=(), device_types="cpu")
-def backward(
-    images: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    scale: float,
-    features: Tensor,
-    winners: Tensor,
-    gradient: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of weight1, bias1, weight2 and bias2, given that of the features.
-
-    Raises:
-        ValueError: Shapes or dtypes do not match, or some of the winners are above 8.
-        MemoryError: A few megabytes of workspace cannot be allocated.
-    """
-    sizes = _sizes(images, weight1, bias1, weight2)
-    shape = _features_shape(images, weight2)
-    _check("features", features, shape)
-    _check("winners", winners, shape, torch.uint8)
-    _check("gradient", gradient, shape)
-    if winners.numel() and winners.max() > 8:
-        raise ValueError(f"winners must be from 0 to 8, not {winners.max()}")
-    gradients = _gradients(images, weight1, bias1, weight2)
-    _call("mnist_lit_backward", sizes, images, weight1, bias1, weight2, scale, features, winners, gradient, *gradients)
-    return gradients
-
-
-@forward.register_fake
-def _features_and_winners(
-    images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    shape = _features_shape(images, weight2)
-    return images.new_empty(shape), images.new_empty(shape, dtype=torch.uint8)
-
-
-@backward.register_fake
-def _gradients(
-    images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    filters1, filters2 = weight1.shape[0], weight2.shape[0]
-    shapes = [(filters1, 1, 3, 3), (filters1,), (filters2, filters1, 3, 3), (filters2,)]
-    dw1, db1, dw2, db2 = (images.new_empty(shape) for shape in shapes)
-    return dw1, db1, dw2, db2
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    images, weight1, bias1, weight2, _, _, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(images, weight1, bias1, weight2, *output)
-
-
-def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    images, weight1, bias1, weight2, features, winners = ctx.saved_tensors
-    gradients = backward(images, weight1, bias1, weight2, ctx.scale, features, winners, gradient)
-    needed = [each if needs else None for each, needs in zip(gradients, ctx.needs_input_grad[1:5], strict=True)]
-    return None, *needed, None, None
-
-
-forward.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        images, weight1, bias1, weight2, features, winners = ctx.saved_tensors
+        shapes = weight1.shape, bias1.shape, weight2.shape, (len(weight2),)
+        gradients = [images.new_empty(shape) for shape in shapes]  # contiguous, whatever the weights are
+        arguments = images, weight1, bias1, weight2, ctx.scale, features, winners, gradient, *gradients
+        _call("mnist_lit_backward", ctx.sizes, *arguments)
+        needed = [each if needs else None for each, needs in zip(gradients, ctx.needs_input_grad[1:5], strict=True)]
+        return None, *needed, None, None
 
 
 def _features_shape(images: Tensor, weight2: Tensor) -> tuple[int, int, int, int]:
