@@ -120,8 +120,8 @@ def torch_loop(network_of: Callable[[float], Any], data: str, epochs: int, batch
 
 def own_step(cpu_kernel: bool, data: str, epochs: int, batches: int) -> Any:
     """Without the kernel it is what runs where there is no compiler."""
+    from mnist_lit.kernels.memory import keep_freed_memory
     from mnist_lit.network import TutorialCNN
-    from mnist_lit.training.memory import keep_freed_memory
 
     keep_freed_memory()
     return torch_loop(partial(TutorialCNN, cpu_kernel=cpu_kernel), data, epochs, batches)
@@ -343,7 +343,7 @@ SAME_STEP = ("mnist_lit, as shipped", "Lightning as tutorials")
 
 
 def main(name: str, data: str, epochs: str, batches: str = "0") -> None:
-    from mnist_lit.training.memory import peak_memory_bytes
+    from mnist_lit.kernels.memory import peak_memory_bytes
 
     if epochs == "losses":
         print(json.dumps(CONTENDERS[name](data, 0, 0)))

@@ -82,8 +82,8 @@ def main(data: str) -> None:
     import torch
     from contenders import literal_network
 
+    from mnist_lit.kernels.memory import keep_freed_memory
     from mnist_lit.network import TutorialCNN
-    from mnist_lit.training.memory import keep_freed_memory
 
     call = [sys.executable, "-W", "ignore", "-c", STAGES, data]
     stages = json.loads(subprocess.run(call, cwd=DOCS.parent, check=True, capture_output=True, text=True).stdout)

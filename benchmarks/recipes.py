@@ -130,8 +130,8 @@ def document(state: dict[str, list[dict[str, Any]]], of_step: tuple[float, list[
 
 def profile_of_speedrun(data: str) -> tuple[float, list[tuple[str, float]]]:
     from mnist_lit import settings
+    from mnist_lit.kernels.memory import keep_freed_memory
     from mnist_lit.model import MNISTClassifier
-    from mnist_lit.training.memory import keep_freed_memory
 
     keep_freed_memory()
     values = settings("train", "experiment=speedrun")

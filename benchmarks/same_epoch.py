@@ -40,7 +40,7 @@ def batches(images: np.ndarray, labels: np.ndarray) -> Batches:
 
 
 def plain(
-    images: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept: Tensor | None = None, scale: float = 1.0
+    images: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, kept: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
     """``convolutions`` in plain PyTorch."""
     x = F.max_pool2d(F.conv2d(F.conv2d(images, w1, b1).relu(), w2, b2), 3).relu()

@@ -24,9 +24,9 @@ from scipy import stats
 
 from mnist_lit.cli.config import flatten, settings
 from mnist_lit.data import MNISTDataModule
+from mnist_lit.kernels import memory
 from mnist_lit.model import MNISTClassifier
 from mnist_lit.sweeps.search import distributions, make_pruner, make_sampler, suggest
-from mnist_lit.training import memory
 from mnist_lit.training.always import SeedEachBatch
 
 DOCS = Path(__file__).parents[1] / "docs"

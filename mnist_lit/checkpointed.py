@@ -23,11 +23,13 @@ class CheckpointedModule(L.LightningModule):
 
     Attributes:
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.
+        temperature: Of a loaded checkpoint: what the logits are divided by for probabilities; None if it has none.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.trained_on: list[dict[str, Any]] = []
+        self.temperature: float | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -73,7 +75,7 @@ class CheckpointedModule(L.LightningModule):
         Raises:
             UserError: The weights do not fit this network.
         """
-        self.trained_on = trained_on(checkpoint)
+        self.trained_on, self.temperature = trained_on(checkpoint), checkpoint.get("temperature")
         require_same_shapes(self.state_dict(), checkpoint["state_dict"])
 
     def _facts(self, loaders: Any) -> dict[str, Any]:

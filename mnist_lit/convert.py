@@ -13,7 +13,6 @@ from typing import Any
 from mnist_lit import UserError, require_packages
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.storage.atomic import atomic_path, require_free
-from mnist_lit.storage.checkpoint_file import read_checkpoint
 from mnist_lit.storage.keras_file import read_description, read_weights, tutorial_layers
 
 TOLERANCE = 1e-5  # largest absolute difference allowed between the two models' probabilities
@@ -198,10 +197,9 @@ def load_checkpoint(path: Path, trust: Iterable[str] = ()) -> Any:
     classifier = MNISTClassifier.load_from_checkpoint(path, trust=trust)
     if type(classifier.network) is not TutorialCNN:
         raise UserError(f"{path}: holds a {type(classifier.network).__name__}; only a TutorialCNN can be converted")
-    temperature = read_checkpoint(path).get("temperature", 1.0)
     with torch.no_grad():
         for parameter in classifier.network.dense2.parameters():
-            parameter.div_(temperature)
+            parameter.div_(classifier.temperature or 1.0)
     return classifier
 
 

@@ -12,7 +12,6 @@ from mnist_lit.cli.data_of_run import metrics_of_run, with_data_of_run
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.reports.results import evaluation_table, limited_by, only_showing
 from mnist_lit.storage import runs
-from mnist_lit.storage.checkpoint_file import read_checkpoint
 from mnist_lit.storage.provenance import facts_of
 
 log = logging.getLogger("mnist_lit.evaluate")
@@ -60,7 +59,6 @@ def evaluate(
         from mnist_lit.training import harness
 
     classifier = MNISTClassifier.load_from_checkpoint(path, trust=trust)
-    temperature = read_checkpoint(path).get("temperature")
     classifier.metrics["test_metrics"] = StageMetrics(harness.build_metrics(metrics))
     datamodule, predictions = instantiate("data", data, L.LightningDataModule), PredictionCollector()
     lightning_trainer = harness.build_trainer(folder, trainer, None, [predictions], datamodule)
@@ -70,7 +68,12 @@ def evaluate(
         test = harness.tested(lightning_trainer, classifier, datamodule)
         results = {
             **test,
-            **scores(predictions.probabilities, predictions.labels, facts_of(datamodule).get("classes"), temperature),
+            **scores(
+                predictions.probabilities,
+                predictions.labels,
+                facts_of(datamodule).get("classes"),
+                classifier.temperature,
+            ),
             "ckpt": runs.display_path(path.absolute()),
             "trained_on": classifier.trained_on,
             "limited": limited_by(trainer),

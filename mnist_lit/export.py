@@ -140,16 +140,14 @@ def _program(model: "TrainedModel", images: "Tensor") -> Any:
 
 
 def _write_safetensors(model: "TrainedModel", images: "Tensor", path: Path, metadata: dict[str, str]) -> "Model":
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_model, save_model
     from torch import nn
 
     from mnist_lit.build import build
 
-    weights = {key: value.contiguous() for key, value in model.network.state_dict().items()}
-    save_file(weights, path, metadata=metadata)
-    network = build("model", model.description, nn.Module)
-    network.load_state_dict(load_file(path))
-    network.eval()
+    save_model(model.network, str(path), metadata)  # writes weights that layers share once
+    network = build("model", model.description, nn.Module).eval()
+    load_model(network, path)
     return lambda images: (network(images) / model.temperature).softmax(dim=1)
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mnist_lit import UserError, require_packages
 from mnist_lit.data import MNISTDataModule, stratified_choice
+from mnist_lit.storage.tables import one_line
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class ImageFolderDataModule(MNISTDataModule):
                     labels.append(label)
                 except ImageError as error:
                     unreadable.append(f"{path} {error}")
+                except Exception as error:  # noqa: BLE001  # one odd picture must not cost the training on all others
+                    unreadable.append(f"{path} cannot be prepared ({type(error).__name__}: {one_line(error, 200)})")
         if unreadable:
             named = "; ".join([*unreadable[:MAX_NAMED], *(["..."] if len(unreadable) > MAX_NAMED else [])])
             said = f"{len(unreadable):,} of the {len(files):,} pictures in {where} cannot be read: {named}"

@@ -46,10 +46,18 @@ class MNISTLikeDataModule(MNISTDataModule):
     def prepare_data(self) -> None:
         if self.facts:
             return
-        self.dir.mkdir(parents=True, exist_ok=True)
-        with self._errors_as_user_errors(), FileLock(self.dir / f".{self.dataset}.lock"):  # one process downloads
-            for train in (True, False):
-                self.cls(self.dir, train=train, download=True, **self.options)
+        with self._errors_as_user_errors():
+            if self._is_there():  # perhaps in a folder that is read-only
+                return
+            self.dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.dir / f".{self.dataset}.lock"):  # one process downloads
+                for train in (True, False):
+                    self.cls(self.dir, train=train, download=True, **self.options)
+
+    def _is_there(self) -> bool:
+        with contextlib.suppress(RuntimeError):  # torchvision's
+            return all(self.cls(self.dir, train=train, **self.options) for train in (True, False))
+        return False
 
     def read(self) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
         with self._errors_as_user_errors():

@@ -54,7 +54,7 @@ def predict(
         A row per image, in the order of ``images``, with the keys ``COLUMNS``: the file, the predicted digit, its
         probability, the probabilities of all ten digits (``p0`` to ``p9``) and ``error``. If the image cannot be read, or
         shows no digit, ``error`` says why and the others are None; otherwise ``error`` is None. If the model's classes
-        are no digits, ``digit`` is the number of the class and ``name`` its name. With ``segments``, ``digit`` is the
+        are not digits, ``digit`` is the number of the class and ``name`` its name. With ``segments``, ``digit`` is the
         text of all digits from left to right, such as ``"374"``, and ``probability`` that all of them are right.
 
     Raises:
@@ -69,6 +69,8 @@ def predict(
     if segments and preprocess != "mnist":
         raise UserError("segments=true finds the digits in the ink, and needs preprocess=mnist")
     found = list(find_images([images] if isinstance(images, (str, Path)) else images))
+    if not found:
+        raise UserError("images= is empty: give it files or folders")
     if all(error for _, error in found):
         raise UserError("; ".join(f"images={path}: {error}" for path, error in found))
     rows: list[dict[str, Any]] = []
@@ -135,12 +137,14 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
         if not os.path.isdir(path):
             return [path]
         files = (file for file in Path(path).rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
-        return sorted(str(file) for file in files if not file.name.startswith("."))
+        return sorted(str(file) for file in files if not is_hidden(file, Path(path)))
 
     seen = set()
     for pattern in map(os.path.expanduser, map(str, patterns)):
         if pattern == "-":
-            yield pattern, ""
+            if pattern not in seen:
+                yield pattern, ""
+            seen.add(pattern)
             continue
         if os.path.exists(pattern) or not glob.has_magic(pattern):
             matches, error = [pattern], f"this folder has no images ({', '.join(ENDINGS)})"
@@ -164,8 +168,14 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
                 yield file, ""
 
 
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether the file, or one of the folders between it and ``folder``, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def skipped(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
     """What is in the folders among ``patterns`` and not taken for an image, and why."""
+    from mnist_lit.inference import arrays
     from mnist_lit.inference.images import ENDINGS
 
     for folder in (Path(os.path.expanduser(pattern)) for pattern in patterns):
@@ -175,12 +185,12 @@ def skipped(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
                 reason = "is a link to a folder" if file.is_symlink() else "is a folder" if image else ""
             elif not file.is_file():
                 reason = "is not a regular file" if file.exists() else "is a broken link"
-            elif file.name.startswith("."):
+            elif is_hidden(file, folder):
                 reason = "is hidden"
+            elif file.suffix.lower() in arrays.ENDINGS:
+                reason = "is an array file, which is read only if it is named"
             else:
-                reason = (
-                    "" if image else f"has the ending {file.suffix} of no image" if file.suffix else "has no ending"
-                )
+                reason = "" if image else "has no image extension"
             if reason:
                 yield str(file), reason
 

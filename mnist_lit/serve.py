@@ -41,7 +41,7 @@ def serve(
             from mnist_lit.inference.connections import run
             from mnist_lit.inference.trained import load_for_pictures
             from mnist_lit.inference.web import application
-            from mnist_lit.training.memory import keep_freed_memory
+            from mnist_lit.kernels.memory import keep_freed_memory
 
         keep_freed_memory(KEPT)
         model = load_for_pictures(latest.resolve(ckpt), trust)

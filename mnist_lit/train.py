@@ -63,13 +63,13 @@ def train(
         import torch
 
         from mnist_lit.build import instantiate
+        from mnist_lit.kernels.memory import keep_freed_memory
         from mnist_lit.model import MNISTClassifier
         from mnist_lit.reports.report import learning_curve, write_report
         from mnist_lit.reports.scores import PredictionCollector, scores
         from mnist_lit.training import harness
         from mnist_lit.training.always import SeedEachBatch, StopOnNaN
         from mnist_lit.training.calibration import Calibration
-        from mnist_lit.training.memory import keep_freed_memory
         from mnist_lit.training.recorder import RunRecorder
 
     keep_freed_memory()

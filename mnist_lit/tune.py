@@ -75,9 +75,11 @@ def _command(**values: Any) -> None:
     from mnist_lit.cli import schema
 
     job.warm_up()
-    if values["resume"]:
+    if values.get("resume"):
         raise UserError("resume= continues a run; a search continues with the same storage= and study=")
-    if not values["data"].get("val_size", True):
+    if "checkpoint" not in values:
+        raise UserError("a search needs the section checkpoint")
+    if not values.get("data", {}).get("val_size", True):
         raise UserError("data.val_size=0 leaves no validation accuracy to optimize")
     hydra = HydraConfig.get()
     own_keys = schema.Tune.__annotations__.keys() - schema.Train.__annotations__.keys()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_lit.storage.atomic import WriteError, atomic_path
+from mnist_lit.storage.atomic import WriteError, atomic_path, atomic_write
 from mnist_lit.storage.runs import write_json
 
 
@@ -28,6 +28,13 @@ def test_a_write_that_ends_well_replaces_with_the_usual_permissions(tmp_path: Pa
         assert path.read_text() == "before"
     assert path.read_text() == "after"
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)
+
+
+def test_the_process_keeps_its_umask_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise what another thread creates at that moment could be written by anyone."""
+    monkeypatch.setattr("os.umask", None)
+    atomic_write(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_json_has_null_where_a_number_is_none(tmp_path: Path) -> None:

@@ -217,6 +217,35 @@ def test_tilde_is_the_home_folder_and_quotes_of_the_users_stay() -> None:
     assert quoted("seed=~/x") == "seed=~/x"
 
 
+def test_null_is_no_text_where_a_value_may_be_missing() -> None:
+    assert settings("train", "resume=null")["resume"] is None
+    assert settings("runs", "where=null", "output=null")["where"] is None
+    assert settings("train", "data.dir=null")["data"]["dir"] == "null"
+
+
+def test_help_shows_each_of_several_files() -> None:
+    text = help_text("train", ["callbacks=[early_stopping, ema]"])
+    assert "callbacks.EarlyStopping" in text and "callbacks.EMAWeightAveraging" in text
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "sentence"),
+    [
+        ("train", ["-m", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
+        ("train", ["--resolve"], "The --resolve flag can only be used in conjunction with --cfg"),
+        ("evaluate", ["~data", "ckpt=nowhere"], "missing a required argument: 'data'"),
+        ("tune", ["~data"], "train has no key data.batch_size"),
+        ("tune", ["~checkpoint"], "a search needs the section checkpoint"),
+    ],
+)
+def test_clashing_flags_and_deleted_sections_take_a_sentence(
+    verb: str, arguments: list[str], sentence: str, tmp_path: Path, command: Command
+) -> None:
+    done = command(*arguments, verb=verb, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert sentence in done.stderr.splitlines()[-1]
+
+
 def test_missing_values_are_named() -> None:
     with pytest.raises(UserError, match="source=, target= must be given"):
         settings("convert")

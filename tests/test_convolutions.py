@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def parameters(filters1: int = 32, filters2: int = 64) -> list[Tensor]:
 
 
 def plain(
-    images: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, kept: Tensor | None = None, scale: float = 1.0
+    images: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, kept: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
     """``convolutions`` in plain PyTorch."""
     x = F.max_pool2d(F.conv2d(F.conv2d(images, w1, b1).relu(), w2, b2), 3).relu()
@@ -192,7 +193,9 @@ def test_shapes_that_do_not_fit_are_refused_before_c_reads_past_their_ends(
     changed: str, to: Tensor, message: str
 ) -> None:
     images, weights = torch.rand(2, 1, 40, 40), parameters()
-    good = dict(zip(("images", "weight1", "bias1", "weight2", "bias2"), (images, *weights), strict=True))
+    good: dict[str, Any] = dict(
+        zip(("images", "weight1", "bias1", "weight2", "bias2"), (images, *weights), strict=True)
+    )
     convolutions(**good, kept=torch.ones(2, 64, 12, 12, dtype=torch.bool))
     with pytest.raises(ValueError, match=message):
         convolutions(**good | {changed: to})
@@ -277,8 +280,8 @@ def reasons() -> dict[str, tuple[Tensor, TutorialCNN, str]]:
     }
 
 
-def layers_of(network: TutorialCNN) -> list[torch.nn.Module]:
-    return [network.conv1, network.conv2, network.pool, network.dropout]
+def layers_of(network: TutorialCNN) -> tuple[Any, Any, Any, Any]:
+    return network.conv1, network.conv2, network.pool, network.dropout
 
 
 @pytest.mark.parametrize("name", ["double", "image gradient", "colour", "meta"])

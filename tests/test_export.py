@@ -122,11 +122,29 @@ class Unexportable(TwoFaced):
         return self.linear(images.flatten(1)) * (1 if images.sum().item() > 5 else 2)
 
 
+class Tied(nn.Module):
+    """Two layers share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(784, 784), nn.Linear(784, 784), nn.Linear(784, 10)
+        self.second.weight = self.first.weight
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.second(self.first(images.flatten(1)).relu()).relu())
+
+
 def checkpoint_of(network: type[nn.Module], path: Path, data: str = "mnist-sample") -> Path:
     weights = {f"network.{key}": value for key, value in network().state_dict().items()}
     parameters = {"model": {"_target_": f"{network.__module__}.{network.__name__}"}, "optimizer": {}}
     torch.save({"state_dict": weights, "hyper_parameters": parameters, "data": [{"name": data}]}, path)
     return path
+
+
+def test_weights_that_layers_share_are_written_once(tmp_path: Path) -> None:
+    export(str(tmp_path / "tied.safetensors"), checkpoint_of(Tied, tmp_path / "tied.ckpt"), trust=["test_export"])
+    with safe_open(tmp_path / "tied.safetensors", "pt") as file:
+        assert len(file.keys()) == 5
 
 
 @pytest.mark.parametrize(

@@ -368,6 +368,18 @@ def test_averaged_weights_are_validated_saved_and_tested(tmp_path: Path) -> None
     assert again["test/loss"] == pytest.approx(tested["test/loss"], rel=1e-6)
 
 
+def test_of_two_callbacks_of_a_class_each_needs_what_it_monitors(tmp_path: Path) -> None:
+    other = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/loss}"
+    with pytest.raises(UserError, match="EarlyStopping monitors val/acc, and there is no validation split"):
+        train(tmp_path, **small("callbacks=early_stopping", f"+callbacks.other={other}"))
+
+
+@pytest.mark.parametrize("override", ["scheduler.frequency=0", "scheduler.frequency=1.5", "scheduler.interval=batch"])
+def test_how_often_a_schedule_is_stepped_is_checked(override: str) -> None:
+    with pytest.raises(UserError, match=rf"^{override}: must be"):
+        settings("train", "scheduler=cosine", override)
+
+
 def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     overrides = ["callbacks=early_stopping", "+callbacks.early_stopping.stopping_threshold=0.0", "data.val_size=100"]
     with caplog.at_level("INFO"):

@@ -10,7 +10,7 @@ import torch
 from helpers import assert_same, results
 from PIL import Image
 
-from mnist_lit import UserError
+from mnist_lit import UserError, image_folder
 from mnist_lit.cli.config import settings
 from mnist_lit.evaluate import evaluate
 from mnist_lit.image_folder import ImageFolderDataModule
@@ -121,6 +121,18 @@ def test_31_what_cannot_be_read_is_left_out_and_named_with_the_count(sample, tmp
         file.write_bytes(b"")
     with pytest.raises(UserError, match=r"101 of the 1,001 pictures in .*; no others are in 7$"):
         set_up(tmp_path)
+
+
+def test_31_a_picture_that_cannot_be_prepared_is_left_out(
+    sample, tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "train", sample.test_images[::25], sample.test_labels[::25])
+    odd = next((tmp_path / "train" / "7").glob("*.png"))
+    pixels = image_folder._pixels
+    monkeypatch.setattr(image_folder, "_pixels", lambda path: pixels(path) if path != odd else 1 // 0)
+    data = set_up(tmp_path)
+    assert len(data.train_labels) + len(data.test_labels) == 39
+    assert f"{odd} cannot be prepared (ZeroDivisionError: " in caplog.text
 
 
 def test_other_folders_are_refused_with_what_they_should_be_like(sample, tmp_path: Path) -> None:

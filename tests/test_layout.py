@@ -77,7 +77,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         ("mnist_lit.data", ["hydra", "mnist_lit.cli", "multiprocessing.forkserver"]),
         ("mnist_lit.model", ["hydra", "mnist_lit.cli", "mnist_lit.data"]),
         ("mnist_lit.network", ["lightning", "hydra", "torchmetrics", "mnist_lit.data"]),
-        ("mnist_lit.training.memory", ["lightning", "torch"]),
+        ("mnist_lit.kernels.memory", ["lightning", "torch"]),
         ("mnist_lit", ["torch", "hydra"]),
     ],
 )

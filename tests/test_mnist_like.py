@@ -110,6 +110,7 @@ def test_files_that_are_there_are_read_without_a_mirror(arrays: list[np.ndarray]
     data = MNISTLikeDataModule("FashionMNIST", str(tmp_path))
     data.prepare_data()
     data.setup()
+    assert [path.name for path in tmp_path.iterdir()] == ["FashionMNIST"]  # which may be in a read-only folder
     assert_same(data.train_images, torch.from_numpy(arrays[0].astype(np.uint8)))
     assert_same(data.test_labels, torch.from_numpy(arrays[3].astype(np.int64)))
     (raw / FILES[1]).write_bytes(idx(arrays[1][:200]))
@@ -136,6 +137,12 @@ def test_images_of_emnist_stand_upright_and_labels_of_qmnist_are_digits(
         data, targets = torch.zeros(2, 28, 28, dtype=torch.uint8), torch.tensor([[3, 0, 1], [7, 1, 2]])
 
     assert_same(MNISTLikeDataModule("QMNIST")._arrays(OfQMNIST())[1], torch.tensor([3, 7]))
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="no data set that torchvision can read"):
+        MNISTLikeDataModule("KMNIST", str(tmp_path / "file")).prepare_data()
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "Nothing", "MNISTT"])

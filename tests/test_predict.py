@@ -93,6 +93,25 @@ def test_files_folders_and_patterns_each_image_once(scans: Path, monkeypatch: py
     assert error.startswith("this folder has no images (.png, ")
 
 
+def test_hidden_folders_are_left_out_and_standard_input_is_read_once(good_run: Path, scans: Path) -> None:
+    (scans / ".thumbs").mkdir()
+    shutil.copy(scans / "01.tif", scans / ".thumbs" / "01.tif")
+    np.save(scans / "images.npy", np.zeros((2, 28, 28)))
+    assert not [file for file, _ in find_images([scans]) if ".thumbs" in file]
+    reasons = {Path(file).name: reason for file, reason in skipped([scans])}
+    assert reasons["01.tif"] == "is hidden" and reasons["images.npy"].startswith("is an array file")
+    assert list(find_images(["-", "-"])) == [("-", "")]
+    with pytest.raises(UserError, match="images= is empty"):
+        predict_images([], good_run)
+
+
+def test_labels_beside_images_are_no_images(tmp_path: Path) -> None:
+    images, one_hot = np.zeros((20, 28, 28), np.uint8), np.eye(20, 10)
+    np.savez(tmp_path / "d.npz", x=images, y=one_hot, mean=images[0])
+    found = [file.rpartition("/")[2] for file, _ in find_images([tmp_path / "d.npz"])]
+    assert found == [*(f"d.npz:x[{n}]" for n in range(20)), "d.npz:mean[0]"]
+
+
 def test_27_what_is_in_the_way_is_refused_unless_it_may_be_overwritten(good_run: Path, scans: Path) -> None:
     (scans / "old.csv").write_text("mine")
     (scans / "old.png").write_text("mine")
@@ -127,7 +146,7 @@ def test_31_predict_as_a_command_with_good_and_bad_images(
     skipped = [line for line in done.stderr.splitlines() if "skipped" in line]
     assert skipped == [
         "scans (1), mine/.hidden.png: skipped, is hidden",
-        "scans (1), mine/notes.txt: skipped, has the ending .txt of no image",
+        "scans (1), mine/notes.txt: skipped, has no image extension",
         "2 files skipped",
     ]
     summary, blank, cut, text = sorted({*done.stderr.splitlines()} - {*skipped})
@@ -183,8 +202,8 @@ def test_what_is_skipped_in_a_folder_is_named(scans: Path) -> None:
         "folder.png": "is a folder",
         "gone.jpg": "is a broken link",
         "loop.png": "is a broken link",
-        "noending": "has no ending",
-        "notes.txt": "has the ending .txt of no image",
+        "noending": "has no image extension",
+        "notes.txt": "has no image extension",
         "pipe.png": "is not a regular file",
     }
     assert len(list(find_images([scans]))) == 12 and not list(skipped([scans / "01.tif", scans / "*.png"]))

@@ -21,6 +21,7 @@ from mnist_lit.evaluate import evaluate
 from mnist_lit.inference.explain import feature_maps
 from mnist_lit.network import TutorialCNN
 from mnist_lit.reports.report import write_report
+from mnist_lit.reports.results import training_table
 from mnist_lit.reports.scores import PredictionCollector, scores
 from mnist_lit.storage import runs
 from mnist_lit.train import train
@@ -156,15 +157,14 @@ def test_the_feature_maps_are_those_of_the_network(tmp_path: Path, caplog) -> No
         r'src="data:image/png;base64,([^"]+)" alt="feature maps', (tmp_path / "report.html").read_text()
     )
     first, second = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert("RGB")) for each in pictures[:2])
-    assert first.shape == (2 * 28, 16 * 28, 3) and second.shape == (4 * 26, 16 * 26, 3)
+    assert first.shape == (2 * 27 + 1, 16 * 27 + 1, 3) and second.shape == (4 * 25 + 1, 16 * 25 + 1, 3)
     with torch.no_grad():
         expected = network.conv1(predictions.examples).relu()
     channel = int(expected[0].amax(dim=(1, 2)).argmax())
     place = divmod(int(expected[0, channel].argmax()), 26)
     row, column = divmod(channel, 16)
-    found = first[28 * row + 1 : 28 * row + 27, 28 * column + 1 : 28 * column + 27, 1].astype(
-        int
-    )  # green rises in viridis
+    top, left = 27 * row + 1, 27 * column + 1
+    found = first[top : top + 26, left : left + 26, 1].astype(int)  # green rises in viridis
     assert found[place] == found.max() and network.training
     assert not network.conv1._forward_hooks and network.cpu_kernel and "plain PyTorch" not in caplog.text
 
@@ -194,6 +194,13 @@ def test_a_convolution_that_is_not_called_has_no_feature_maps(tmp_path: Path) ->
     predictions.examples = torch.zeros(3, 1, 28, 28)
     write(tmp_path, predictions, Halfway(), {})
     assert (tmp_path / "report.html").read_text().count('alt="feature maps of convolution 1') == 3
+
+
+def test_a_metric_of_one_stage_alone_has_an_empty_cell_in_the_others(finished_run: Path) -> None:
+    found = {**results(finished_run), "test/extra": 0.25}
+    head, train, test, *_ = training_table(found, finished_run).splitlines()
+    assert head.split() == ["loss", "accuracy", "extra"]
+    assert len(train.split()) == 5 and test.endswith("0.2500") and len(train) < len(test)
 
 
 def test_a_network_without_mistakes_has_a_page_too(tmp_path: Path) -> None:

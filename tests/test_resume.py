@@ -255,6 +255,33 @@ def test_a_finished_run_shows_its_results_and_takes_more_epochs(
     assert_same(final(folder), final(tmp_path / "whole"))
 
 
+def test_a_checkpoint_is_resumed_from_within_its_folder_and_through_a_link(
+    finished_run: Path, tmp_path: Path, command: Command
+) -> None:
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    (tmp_path / "link.ckpt").symlink_to(folder / runs.LAST)
+    for name, cwd in (("last.ckpt", folder / "checkpoints"), ("link.ckpt", tmp_path)):
+        done = command(f"resume={name}", cwd=cwd)
+        assert done.returncode == 0 and "is finished:" in done.stdout, done.stderr
+
+
+def test_damaged_results_are_named(finished_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    (folder / "metrics.json").write_text("{")
+    with pytest.raises(
+        UserError, match=r"run/metrics\.json is damaged \(.*\); without it, resume= tests the run once more"
+    ):
+        resumed(folder, small())
+    (folder / "metrics.json").unlink()
+    resumed(folder, small())
+    assert_same(outcome(folder), outcome(finished_run))
+
+
+def test_what_to_type_has_quotes_where_the_shell_needs_them(finished_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished_run, tmp_path / "my run")
+    assert runs.resume_hint(folder).endswith("/my run'") and " 'resume=" in runs.resume_hint(folder)
+
+
 def test_killed_between_the_last_step_and_the_results_only_those_are_made(
     validated_run: Path, tmp_path: Path, monkeypatch
 ) -> None:

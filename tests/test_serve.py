@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Browser
 from helpers import ROOT
 from PIL import Image
@@ -49,6 +50,7 @@ from soak_server import (
 )
 
 from mnist_lit import UserError, __version__
+from mnist_lit.storage import runs
 
 try:
     import jsonschema  # type: ignore[import-untyped]
@@ -179,7 +181,10 @@ def test_an_explanation_is_what_the_layers_and_covered_images_say(port: int, goo
 
 
 def test_health(port: int) -> None:
-    assert ask(port, path="/health", method="GET")[:2] == (200, {"status": "ok", "version": __version__})
+    assert ask(port, path="/health", method="GET")[:2] == (
+        200,
+        {"status": "ok", "version": __version__, "classes": list("0123456789")},
+    )
 
 
 def test_32_a_port_in_use_and_a_bad_checkpoint_end_it_before_it_is_ready(
@@ -655,6 +660,8 @@ def test_digits_drawn_with_the_mouse_are_recognized(
     page.goto(f"http://{HOST}:{port}/")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     answer = page.locator("#answer")
+    assert page.get_by_role("heading").inner_text() == "Draw a digit"
+    assert page.locator("#classes b").all_inner_texts() == list("0123456789")
     paper = page.locator("#drawing").bounding_box()
     for digit, strokes in STROKES.items():
         for stroke in strokes:
@@ -689,7 +696,7 @@ def test_the_page_shows_how_the_network_comes_to_it_on_request(port: int, browse
     page.mouse.up()
     page.get_by_text("This is a 1").wait_for()
     assert asked and not [url for url in asked if "explain=true" in url]
-    page.get_by_text("How the network comes to it").click()
+    page.get_by_text("How the network arrives at its answer").click()
     page.get_by_text("conv2: its 64 feature maps, 24×24 pixels each").wait_for()
     colors = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
     maps = [np.array(page.locator("#maps canvas").nth(n).evaluate(colors))[::4] for n in (0, 1)]
@@ -709,7 +716,7 @@ def test_the_page_says_why_a_drawing_is_refused(port: int, browser: Browser) -> 
     page = browser(390, 844, "light")
     page.goto(f"http://{HOST}:{port}/")
     paper = page.locator("#drawing").bounding_box()
-    top = page.locator("#digits").bounding_box()["y"]
+    top = page.locator("#classes").bounding_box()["y"]
     for x in (0.15, 0.8):
         page.mouse.move(paper["x"] + paper["width"] * x, paper["y"] + paper["height"] * 0.2)
         page.mouse.down()
@@ -718,7 +725,7 @@ def test_the_page_says_why_a_drawing_is_refused(port: int, browser: Browser) -> 
         page.get_by_text("This is a 1" if x < 0.5 else "the image shows two shapes side by side").wait_for()
     assert page.locator("progress").evaluate_all("bars => Math.max(...bars.map(bar => bar.value))") == 0
     assert page.locator(".best").count() == 0
-    assert page.locator("#digits").bounding_box()["y"] == pytest.approx(top, abs=1)
+    assert page.locator("#classes").bounding_box()["y"] == pytest.approx(top, abs=1)
     page.get_by_role("button", name="Clear").click()
     page.get_by_text("Nothing drawn yet").wait_for()
 
@@ -735,3 +742,21 @@ def test_digits_can_be_drawn_with_the_keyboard(port: int, browser: Browser) -> N
     page.keyboard.press("ArrowRight")  # the pen is up
     page.keyboard.press("Escape")
     page.get_by_text("Nothing drawn yet").wait_for()
+
+
+def test_classes_that_are_not_digits_have_their_names_on_the_page(
+    good_run: Path, browser: Browser, tmp_path: Path
+) -> None:
+    names = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+    checkpoint = torch.load(good_run / runs.LAST, weights_only=True)
+    checkpoint["data"][-1] |= {"name": "FashionMNIST", "classes": names}
+    torch.save(checkpoint, tmp_path / "named.ckpt")
+    with Server(f"ckpt={tmp_path / 'named.ckpt'}") as server:
+        assert ask(server.port, path="/health", method="GET")[1]["classes"] == names
+        page = browser(390, 844, "light")
+        page.goto(f"http://{HOST}:{server.port}/")
+        page.get_by_text("Draw one of these").wait_for()
+        assert page.locator("#classes b").all_inner_texts() == names
+        assert page.get_by_label("Probability of Ankle boot").count() == 1
+        lefts = page.locator("progress").evaluate_all("bars => bars.map(bar => bar.getBoundingClientRect().left)")
+        assert len(set(lefts)) == 1 and page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -167,7 +167,7 @@ def test_the_summary_ranks_by_what_the_jobs_monitor(tmp_path: Path) -> None:
     assert [group.title for group in groups] == [f"optimizer.lr={lr}" for lr in ("1.0", "0.3", "3.0")]
     text = table(groups, criterion)
     assert "best first, by val/loss" in text
-    assert "test f1" in text and "optimizer.lr=1.0  1/1   1.0000          0.1000    0.9000    0.8000" in text
+    assert "test f1" in text and "optimizer.lr=1.0  1/1   1.0000   0.1000    0.9000    0.8000" in text
 
 
 def test_seeds_that_were_added_later_are_of_the_same_group(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from helpers import OFF, ROOT, assert_same, differences, small
 
 from mnist_lit import UserError
 from mnist_lit.train import train
+from mnist_lit.training import harness
 
 CHECKPOINTS = ("checkpoints/last.ckpt", "checkpoints/previous.ckpt")
 
@@ -188,6 +189,32 @@ def test_a_logger_that_is_not_installed_says_what_to_install(tmp_path: Path, mon
     with pytest.raises(UserError, match="pip install wandb"):
         train(tmp_path / "run", **small("logger=wandb"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_not_blamed_on_the_accelerator(tmp_path: Path, monkeypatch) -> None:
+    import lightning.pytorch.loggers.wandb as module
+
+    monkeypatch.setattr(module, "_WANDB_AVAILABLE", False)
+    config = small("logger=wandb")
+    with pytest.raises(UserError, match=r"^logger=wandb needs a package that is not installed: pip install wandb$"):
+        harness.build_trainer(tmp_path, {**config["trainer"], "accelerator": "gpu"}, config["logger"], [], None)
+
+
+def test_a_class_that_there_is_not_is_no_missing_package(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no_such_module") as refused:
+        train(tmp_path / "run", **small("+callbacks.mine._target_=no_such_module.Callback"))
+    assert "pip install" not in str(refused.value)
+
+
+def test_what_a_callback_needs_is_named_and_the_folder_stays_free(tmp_path: Path, monkeypatch) -> None:
+    import lightning.pytorch.callbacks.device_stats_monitor as module
+    from lightning.pytorch.accelerators import cpu
+
+    for each in (cpu, module):
+        monkeypatch.setattr(each, "_PSUTIL_AVAILABLE", False)
+    with pytest.raises(UserError, match="psutil"):
+        train(tmp_path / "run", **small("callbacks=device_stats", "logger=csv"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_without_checkpoints_the_final_weights_are_tested(tmp_path: Path) -> None:

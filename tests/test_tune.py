@@ -410,6 +410,12 @@ def test_of_two_that_begin_the_last_trial_one_leaves_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_path_of_a_storage_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_study("sqlite:///~/new/tune.db", "tune", make_pruner("none"), "max")
+    assert (tmp_path / "new" / "tune.db").is_file()
+
+
 def test_41_plots_that_cannot_be_written_lose_no_results_of_a_search(tmp_path: Path) -> None:
     from mnist_lit.sweeps.tune_report import report
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
-from mnist_lit.cli.keys import DATA_DIR, OF_ONE_CLASS, OF_SEVERAL, PATHS, QUOTED
+from mnist_lit.cli.keys import DATA_DIR, NULLABLE, OF_ONE_CLASS, OF_SEVERAL, PATHS, QUOTED
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
@@ -66,7 +66,7 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
                 key.split(".")[1] for key in typed if key.startswith(f"{section}.")
             }  # the others are of another class
             values[section] = {key: value for key, value in values[section].items() if key in kept}
-    if verb in ("evaluate", "export") and not of_hydra.job.chdir and isinstance(data := values["data"], dict):
+    if verb in ("evaluate", "export") and not of_hydra.job.chdir and isinstance(data := values.get("data"), dict):
         # What nobody has chosen, these take from the run.
         if of_hydra.runtime.choices.get("data") == "mnist" and not {"data", "data._target_"} & {*typed}:
             values["data"] = {key: value for key, value in data.items() if f"data.{key}" in typed}
@@ -166,6 +166,8 @@ def quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     is_list = key == "images" and re.fullmatch(r"\[.*\]", value)
     if not equals or key.lstrip("+") not in QUOTED or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
+        return argument
+    if value == "null" and key in NULLABLE:
         return argument
     return f"{key}={_in_quotes(os.path.expanduser(value))}"
 

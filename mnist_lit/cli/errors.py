@@ -24,7 +24,8 @@ def as_user_errors(keys: Callable[[], Iterable[str]], groups: Iterable[str]) -> 
         yield
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, UserError) or (type(error) is ValueError and not text.startswith("Config group override")):
+        of_hydra = ("Config group override", "Only one of --", "The --resolve flag")  # its plain ValueErrors
+        if isinstance(error, UserError) or (type(error) is ValueError and not text.startswith(of_hydra)):
             raise
         # Hydra has the key only in its text.
         unknown = re.search(r"Could not (?:override|delete from config\.)[^']*'([^']+)'", text)
@@ -47,7 +48,7 @@ def as_user_errors(keys: Callable[[], Iterable[str]], groups: Iterable[str]) -> 
                 text = f"cannot read {error.override}: {reason} (a value with = ( ) [ ] or a comma needs quotes)"
             case _ if there := re.search(r"An item is already at '([^']+)'", text):
                 text = f"{there[1]} exists: leave out the + before it"
-            case _ if type(error) is ValueError:
+            case _ if text.startswith(of_hydra[0]):
                 text = "a group takes the name of one of its files (--help shows them); none switches off those that have it"
             case _ if unknown and text.startswith("Could not delete") and unknown[1] in keys():
                 text = f"{unknown[1]} is null: there is nothing to delete"

@@ -40,7 +40,9 @@ def help_text(name: str, overrides: list[str], user_folder: str | None = None) -
             if not options:  # an optional group of the user's own
                 continue
             parts.append(f"# ---- {group}: {option or 'none'}  (there are {', '.join(options)})")
-            if body := text_of(f"{group}/{option}"):
-                is_global = body.startswith("# @package _global_")
-                parts.append(body if is_global else f"{group}:\n  " + body.replace("\n", "\n  "))
+            several = option.strip("[]").split(",") if isinstance(option, str) else option or []
+            for body in [text_of(f"{group}/{each.strip()}") for each in several]:
+                if body:
+                    is_global = body.startswith("# @package _global_")
+                    parts.append(body if is_global else f"{group}:\n  " + body.replace("\n", "\n  "))
     return "\n\n".join(parts)

@@ -8,6 +8,7 @@ PATHS = (
     *("images", "output", "contact_sheet", "source", "target", "folder"),
 )
 QUOTED = (*PATHS, "where")  # and this is a text with =
+NULLABLE = ("resume", "output", "contact_sheet", "where")  # of these: null is not the text "null"
 # They may change without changing the run: where the data are (their checksum is compared), what is shown and recorded,
 # and the hardware, although another device or number of threads changes the last bits.
 MAY_CHANGE = (

@@ -238,7 +238,7 @@ class VerbRun:
         typed |= {key for key in named if asked.get(key) == {}}  # GROUP=none
         run = resume.find(start)
         continued = resume.continued(run, asked, typed)
-        require_trusted(continued, run.folder / "config.yaml", asked["trust"], chosen=targets(asked))
+        require_trusted(continued, run.folder / "config.yaml", asked.get("trust", ()), chosen=targets(asked))
         check(self.verb, continued)
         _refuse_what_is_missing(continued["trainer"])
         return continued

@@ -10,6 +10,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten
+from mnist_lit.cli.data_of_run import run_of
 from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, MAY_CHANGE, is_one_of
 from mnist_lit.reports.results import LIMITS, limited_by
 from mnist_lit.storage import runs
@@ -51,7 +52,7 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
         path = preferred(begun)
     elif not path.exists():
         raise UserError(f"resume={wanted}: there is no such run or checkpoint")
-    folder = path if path.is_dir() else path.parent.parent
+    folder = path if path.is_dir() else Path(runs.display_path(run_of(path)))
     if not (folder / "config.yaml").is_file():
         raise UserError(f"resume={wanted}: no run has begun in {folder} (it has no config.yaml)")
     config = read_config(folder / "config.yaml")

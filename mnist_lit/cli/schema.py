@@ -55,6 +55,12 @@ class Trainer(TypedDict, total=False):
     log_every_n_steps: Annotated[int, Field(ge=0)] | None
 
 
+@carries_along
+class Scheduler(TypedDict, total=False):
+    interval: Literal["epoch", "step"]
+    frequency: Count
+
+
 class Verb(TypedDict, total=False):
     trust: Text | list[Text]
 
@@ -76,7 +82,7 @@ class Train(Verb, total=False):
     optimizer: dict[str, Any]
     trainer: Trainer
     checkpoint: Checkpoint
-    scheduler: dict[str, Any] | None
+    scheduler: Scheduler | None
     augment: dict[str, Any] | None
     loss: dict[str, Any] | None
     metrics: dict[str, Any] | None
@@ -178,7 +184,9 @@ def check(verb: str, values: Mapping[str, Any]) -> None:
         _adapter(verb).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        names = {key for cls in (Data, Model, Checkpoint, Trainer, *VERBS.values()) for key in cls.__annotations__}
+        names = {
+            key for cls in (Data, Model, Checkpoint, Trainer, Scheduler, *VERBS.values()) for key in cls.__annotations__
+        }
         key = ".".join(str(part) for part in first["loc"] if str(part) in names)
         if first["type"] == "extra_forbidden":
             key = str(first["loc"][0])

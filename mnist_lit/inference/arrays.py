@@ -32,8 +32,11 @@ def names_in(path: str) -> list[str]:
         ImageError: The file is damaged or has no such array.
     """
     names: list[str] = []
-    for key in [None] if path.lower().endswith(".npy") else _keys(path):
-        count = 0 if (images := _images(path, key)) is None else len(images)
+    keys = [None] if path.lower().endswith(".npy") else _keys(path)
+    shapes = {key: images.shape for key in keys if (images := _images(path, key)) is not None}
+    for key, (count, rows, *_) in shapes.items():
+        if count == 1 and any(count > 1 and rows == count for count, *_ in shapes.values()):
+            continue  # a row for each image: labels, one-hot
         if len(names) + count > MAX_IMAGES:
             raise ImageError(f"has more than {MAX_IMAGES:,} images")
         names += [f"{path}{'' if key is None else f':{key}'}[{number}]" for number in range(count)]

@@ -7,8 +7,6 @@ import importlib
 import io
 import os
 import stat
-import struct
-import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +16,7 @@ from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 
 from mnist_lit.inference.digit import to_mnist
 from mnist_lit.inference.ink import SIDE, ImageError
+from mnist_lit.storage.tables import one_line
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")  # MPO is a JPEG
 ENDINGS = (
@@ -31,12 +30,6 @@ MAX_SCANS = 50  # of a progressive JPEG with as many pixels as allowed; cameras 
 
 TOPS = (1.0, 255.0, 65535.0)  # full brightness, as files other than of bytes have it
 WORKING_SIDE = 256  # larger images are first reduced by a whole factor to about this size
-
-# What Pillow raises for truncated or corrupted files.
-DECODE_ERRORS = (
-    OSError, RuntimeError, SyntaxError, ValueError, TypeError, IndexError, ArithmeticError, EOFError, MemoryError,
-    struct.error, zlib.error,
-)  # fmt: skip
 
 
 def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist", refuse: bool = True) -> np.ndarray:
@@ -88,12 +81,14 @@ def read_grey(
         raise ImageError(f"has more than {max_pixels:,} pixels") from error
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ImageError(f"cannot be read ({error.strerror})") from error
-    except DECODE_ERRORS as error:
-        raise ImageError(f"is damaged ({' '.join(str(error).split()) or type(error).__name__})") from error
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow raises what comes, for truncated and corrupted files
+        raise ImageError(f"is damaged ({one_line(error) or type(error).__name__})") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with suppress(*DECODE_ERRORS):  # damaged EXIF data: other programs show such a picture as it is
+    with suppress(Exception):  # damaged EXIF data: other programs show such a picture as it is
         return ImageOps.exif_transpose(image)
     return image
 

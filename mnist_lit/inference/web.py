@@ -36,7 +36,7 @@ from mnist_lit import __version__
 from mnist_lit.inference.detector import NO_DIGIT, load_detector
 from mnist_lit.inference.digit import to_mnist
 from mnist_lit.inference.explain import explanation
-from mnist_lit.inference.images import DECODE_ERRORS, FORMATS, HEIC, read_grey
+from mnist_lit.inference.images import FORMATS, HEIC, read_grey
 from mnist_lit.inference.ink import SIDE, ImageError
 from mnist_lit.inference.trained import TrainedModel
 
@@ -78,7 +78,7 @@ def application(model: TrainedModel, hosts: tuple[str, ...] = ()) -> ASGIApp:
     errors: dict[Any, Any] = {HTTPException: _error, Exception: _error}
     routes = [
         Route("/predict", _Predictor(model).predict, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
-        Route("/health", _health),
+        Route("/health", partial(_health, model.names or [str(digit) for digit in range(10)])),
         Mount("/", StaticFiles(packages=[("mnist_lit.inference", "page")], html=True)),
     ]
     return _Guard(Starlette(routes=routes, exception_handlers=errors), hosts)
@@ -99,7 +99,7 @@ class _Predictor:
     async def predict(self, request: Request) -> Response:
         """Respond with ``{"digit": 7, "probabilities": [10 numbers]}`` to the image, or the 784 pixels, in the body.
 
-        If the model's classes are no digits, ``name`` is that of the class.
+        If the model's classes are not digits, ``name`` is that of the class.
         With ``?pixels=true`` the response also has ``pixels``, the 784 numbers from 0 to 1 that the network received.
         With ``?explain=true`` it has an ``explanation``: the first two convolutions' feature maps, and what covering a part
         of the image does to the answer.
@@ -236,7 +236,7 @@ def _pixels(file: bytes) -> int:
     try:
         with Image.open(io.BytesIO(file), formats=("PNG", "JPEG")) as image:
             return image.width * image.height
-    except (*DECODE_ERRORS, Image.DecompressionBombError):  # read_grey says what is wrong with it
+    except Exception:  # noqa: BLE001  # read_grey says what is wrong with it
         return 0
 
 
@@ -278,8 +278,8 @@ def _from_json(body: bytes) -> np.ndarray:
     return np.array(pixels, dtype=np.float32).reshape(SIDE, SIDE)
 
 
-async def _health(request: Request) -> Response:
-    return JSONResponse({"status": "ok", "version": __version__})
+async def _health(classes: list[str], request: Request) -> Response:
+    return JSONResponse({"status": "ok", "version": __version__, "classes": classes})
 
 
 async def _error(request: Request, error: Exception) -> Response:
@@ -295,10 +295,6 @@ class _Guard:
         self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)

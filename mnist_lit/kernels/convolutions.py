@@ -59,7 +59,7 @@ def features(conv1: Any, conv2: Any, pool: nn.MaxPool2d, dropout: Dropout, image
     if dropout.training and dropout.p:
         kept, scale = keep_mask(_features_shape(images, conv2.weight), dropout.p)
     _log_once(f"convolutions: compiled for {instruction_set()}")
-    return convolutions(images, conv1.weight, conv1.bias, conv2.weight, conv2.bias, kept, scale)
+    return convolutions(images, conv1.weight, conv1.bias, conv2.weight, conv2.bias, kept=kept, scale=scale)
 
 
 def _why_not_replaceable(name: str, layer: nn.Module) -> str:
@@ -77,6 +77,7 @@ def convolutions(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    *,
     kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:

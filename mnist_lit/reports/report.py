@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 from mnist_lit.inference.explain import feature_maps
 from mnist_lit.reports.results import further_metrics, kind_of_class
@@ -142,18 +143,16 @@ def _feature_maps(network: nn.Module, images: Tensor | None) -> list[dict[str, A
         return []
     maps = [output.cpu().float() for output in outputs.values()]
     return [
-        {"image": _picture(image), "maps": [_tiles(each[number] / each.max().clamp(min=1e-9)) for each in maps]}
+        {"image": _picture(image), "maps": [_grid(each[number] / each.max().clamp(min=1e-9)) for each in maps]}
         for number, image in enumerate(images.cpu().float())
     ]
 
 
-def _tiles(maps: Tensor) -> str:
-    """A picture of maps [C, H, W] from 0 to 1, in rows of sixteen or fewer."""
-    columns = next(count for count in (16, 8, 4, 2, 1) if len(maps) % count == 0)
-    framed = nn.functional.pad(maps, (1, 1, 1, 1)).unflatten(0, (-1, columns))
-    grid = framed.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
+def _grid(maps: Tensor) -> str:
+    """A picture of maps [C, H, W] from 0 to 1, in rows of sixteen."""
+    grid = make_grid(maps[:, None], nrow=16, padding=1)[0]
     colors = matplotlib.colormaps["viridis"](range(256), bytes=True)[:, :3]
-    image = Image.fromarray((grid * 255).byte().numpy(), "L")
+    image = Image.fromarray((grid * 255).byte().numpy())
     image.putpalette(colors.tobytes())  # a third of the bytes to compress
     return _data_url(image)
 

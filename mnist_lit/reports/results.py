@@ -9,6 +9,7 @@ from typing import Any
 from mnist_lit import UserError
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import SAMPLE_NAME
+from mnist_lit.storage.tables import one_line
 
 
 def training_results(recorder: Any, checkpoints: Any) -> dict[str, Any]:
@@ -58,11 +59,20 @@ def limited_by(trainer: dict[str, Any]) -> list[str]:
 
 
 def results_of_finished_run(folder: Path, trainer: dict[str, Any]) -> dict[str, Any] | None:
-    """The content of ``metrics.json``, if the run is finished and no more is asked for than it had as limits."""
+    """The content of ``metrics.json``, if the run is finished and no more is asked for than it had as limits.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / "metrics.json"
     try:
-        results: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}); without it, resume= tests the run once more"
+        ) from error
     same = all(results.get(key, value) == value for key, value in limits(trainer).items())
     return results if same else None
 
@@ -78,8 +88,7 @@ def only_showing(what: str, folder: Path, results: str = "metrics.json") -> Iter
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
-        reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
+        reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
         where = runs.display_path(folder.absolute() / results)
         raise UserError(f"{what} cannot be written ({reason}); the results are in {where}") from error
 
@@ -93,7 +102,7 @@ OWN_SCORES = {
 
 
 def further_metrics(results: dict[str, Any]) -> list[str]:
-    """The names of the metrics that a run had beside loss and accuracy."""
+    """The names of the metrics that a run had besides loss and accuracy."""
     found = [key for key, value in results.items() if key.startswith("test/") and isinstance(value, float)]
     return [key.removeprefix("test/") for key in found if key not in OWN_SCORES]
 
@@ -109,8 +118,10 @@ def training_table(results: dict[str, Any], folder: Path) -> str:
     lines = [f"{'':28}{'loss':>8}{names}"]
     for title, stage in rows:
         if f"{stage}/loss" in results:
-            values = "".join(f"{results[f'{stage}/{name}']:{width}.4f}" for name, width in widths.items())
-            lines.append(f"{title:28}{results[f'{stage}/loss']:8.4f}{values}")
+            found = {name: results.get(f"{stage}/{name}") for name in widths}  # a callback may log to one stage alone
+            cells = {name: f"{value:.4f}" if isinstance(value, float) else "" for name, value in found.items()}
+            values = "".join(f"{cells[name]:>{width}}" for name, width in widths.items())
+            lines.append(f"{title:28}{results[f'{stage}/loss']:8.4f}{values}".rstrip())
     count, seconds = results["epochs"], results["fit_seconds"]
     lines.append(f"{count} epoch{'s' * (count != 1)} in {seconds:.0f} s on {results['device']}")
     lines.append(f"data: {_data(results)}; everything is in {runs.display_path(folder)}")
@@ -138,7 +149,7 @@ def kind_of_class(results: dict[str, Any]) -> str:
 
 def _limited(results: dict[str, Any]) -> list[str]:
     found = results.get("limited")
-    return [f"NOT ALL IMAGES WERE USED ({', '.join(found)}): these figures are no results"] if found else []
+    return [f"NOT ALL IMAGES WERE USED ({', '.join(found)}): these figures are not comparable"] if found else []
 
 
 def _data(results: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Read zip archives from strangers: checked before they take memory, and by their checksums."""
+"""Read untrusted zip archives: checked before they take memory, and by their checksums."""
 
 import struct
 import zipfile

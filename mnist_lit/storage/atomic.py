@@ -2,8 +2,8 @@
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,15 +54,12 @@ def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
     """
     temporary = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
-        temporary = Path(name)
-        os.close(handle)
+        unfinished = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}{path.suffix}"
+        unfinished.touch(exist_ok=False)  # tempfile's files are readable by their owner only
+        temporary = unfinished
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
         temporary.replace(path)
         temporary = None
         sync_folder(path.parent)
@@ -75,8 +72,6 @@ def atomic_path(path: Path, size: int | None = None) -> Iterator[Path]:
 
 def sync_folder(folder: Path) -> None:
     """Flush the folder's entries to disk, so that a rename survives a power failure, where the system supports it."""
-    if os.name != "posix":
-        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Read a run's ``config.yaml``, which may be a stranger's: under bounds, and with today's keys."""
+"""Read a run's ``config.yaml``, which may be untrusted: under bounds, and with today's keys."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ CLASSES = {"data": "mnist_lit.data.MNISTDataModule", "trainer": "lightning.Train
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a run's ``config.yaml``, which may be a stranger's, with today's keys.
+    """The content of a run's ``config.yaml``, which may be untrusted, with today's keys.
 
     Raises:
         UserError: It is not the configuration of a run.

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ def resume_hint(folder: Path) -> str:
         return "; there is no checkpoint"
     started = os.environ.get("TORCHELASTIC_RUN_ID")
     start = "srun ... python" if started == step_of_job() else "torchrun ..." if started else "python"
-    return f"; resume with: {start} -m mnist_lit.train resume={display_path(folder)}"
+    return f"; resume with: {start} -m mnist_lit.train {shlex.quote(f'resume={display_path(folder)}')}"
 
 
 def step_of_job() -> str:
@@ -216,7 +217,7 @@ def is_in_use(folder: Path) -> bool:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The content of a file that may be a stranger's.
+    """The content of a file that may be untrusted.
 
     Args:
         most: The largest content to accept, in bytes.

@@ -1,4 +1,4 @@
-"""Runs as their folders record them, to list and compare; a folder may be damaged, unfinished or a stranger's."""
+"""Runs as their folders record them, to list and compare; a folder may be damaged, unfinished or untrusted."""
 
 import csv
 import io

@@ -42,6 +42,7 @@ from mnist_lit.sweeps.records import read_history
 
 log = logging.getLogger("mnist_lit.tune")
 
+SQLITE = "sqlite:///"  # and a path: the storage is a file
 POLL_INTERVAL = 2.0  # seconds between checks for stale trials
 FIRST_FAILURES = 3  # if the first trials all fail, the parameters are not to blame
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that was asked to stop
@@ -131,10 +132,12 @@ def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner, mode:
     warnings.filterwarnings("ignore", category=ExperimentalWarning)  # heartbeats
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     direction: Any = {"max": "maximize", "min": "minimize"}[mode]
+    if storage.startswith(SQLITE):
+        storage = SQLITE + os.path.expanduser(storage.removeprefix(SQLITE))
     for delay in (0.5, 1.0, 1.5, 2.0, None):
         try:
-            if storage.startswith("sqlite:///"):
-                Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            if storage.startswith(SQLITE):
+                Path(storage.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
             database = Database(storage)
             study = optuna.create_study(
                 study_name=name, storage=database, pruner=pruner, direction=direction, load_if_exists=True

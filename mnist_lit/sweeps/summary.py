@@ -87,7 +87,7 @@ def table(groups: list[Group], criterion: str) -> str:
     jobs = [job for group in groups for job in group.jobs]
     shown = dict.fromkeys([*METRICS[:4], criterion, *_further(jobs, ("val", "test"))])
     metrics = [key for key in shown if any(group.values(key) for group in groups)]
-    rows = [["", "jobs", *("validation acc" if key == "val/acc" else key.replace("/", " ") for key in metrics)]]
+    rows = [["", "jobs", *(key.replace("/", " ") for key in metrics)]]
     for group in groups:
         finished = sum(bool(job.results) for job in group.jobs)
         rows.append([group.title, f"{finished}/{len(group.jobs)}", *(_cell(group, key) for key in metrics)])
@@ -148,7 +148,7 @@ def _plot(groups: list[Group], path: Path) -> None:
         rows = [place + 0.18 * (number - (len(keys) - 1) / 2) for place in range(len(shown))]
         dots = [(value, row) for row, group in zip(rows, shown, strict=True) for value in group.values(key)]
         axes.plot(*zip(*dots, strict=True), "o", ms=4, mfc="none", color=color, alpha=0.6)
-        means = [group.mean(key) or math.nan for group in shown]
+        means = [math.nan if (mean := group.mean(key)) is None else mean for group in shown]
         spread = [group.deviation(key) or 0.0 for group in shown]
         axes.errorbar(means, rows, xerr=spread, fmt="o", ms=6, color=color, capsize=3, label=label)
     axes.set_yticks(range(len(shown)), [group.title for group in shown])

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Sequence
@@ -229,7 +230,7 @@ class SweepCommand:
         self.stack.enter_context(runs.locked(folder))
         self.task.jobs = plan(jobs, folder)
         shown = runs.display_path(folder.absolute())
-        self.again = f"; the sweep is in {shown}; the same command with hydra.sweep.dir={folder} runs what is missing"
+        self.again = f"; the sweep is in {shown}; the same command with {shlex.quote(f'hydra.sweep.dir={folder}')} runs what is missing"
         for_each = [override for override in hydras if not OF_THE_SWEEP.match(override)] + ["hydra.mode=RUN"]
         for_each += [f"--config-name={self.flags.config_name}"] if self.flags.config_name else []
         for_each += [f"--config-dir={self.flags.config_dir}"] if self.flags.config_dir else []

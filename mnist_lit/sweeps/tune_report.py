@@ -1,6 +1,7 @@
 """Results of a search: the best settings as an experiment, a table of the trials, and Optuna's plots."""
 
 import logging
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: C
     lines = [f"failed: trial {trial.number}: {trial.user_attrs['reason']}" for trial in failed]
     lines += [
         f"{len(complete)} trial{'s' * (len(complete) != 1)} completed, {pruned} pruned, {len(failed)} failed; all are in {shown}",
-        f"to train with the best settings: python -m mnist_lit.train --config-dir={shown} experiment=best",
+        f"to train with the best settings: python -m mnist_lit.train {shlex.quote(f'--config-dir={shown}')} experiment=best",
     ]
     log.info("\n%s\n\n%s", text_table(rows, ">"), "\n".join(lines))
     with only_showing("the plots", folder, "trials.csv"):

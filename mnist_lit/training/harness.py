@@ -5,11 +5,12 @@ import math
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra.utils
 import lightning as L
@@ -25,15 +26,28 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from mnist_lit import UserError, compat
 from mnist_lit.build import call, find_class, instantiate
 from mnist_lit.data import MNISTDataModule
+from mnist_lit.kernels.memory import peak_memory_bytes
 from mnist_lit.storage import runs
 from mnist_lit.storage.provenance import described, facts_of
 from mnist_lit.storage.tables import one_line
 from mnist_lit.training.always import FirstEpochOfProcess, TerminateOtherRanks
 from mnist_lit.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from mnist_lit.training.memory import peak_memory_bytes
 from mnist_lit.training.progress import ProgressBar
 
 log = logging.getLogger("mnist_lit.train")
+
+T = TypeVar("T")
+
+# The package that a class of conf/logger/ or conf/callbacks/ needs and this project does not install.
+NEEDED = {
+    "AimLogger": "aim",
+    "CometLogger": "comet_ml",
+    "MLFlowLogger": "mlflow",
+    "NeptuneLogger": "neptune",
+    "RichProgressBar": "rich",
+    "TensorBoardLogger": "tensorboard",
+    "WandbLogger": "wandb",
+}
 
 
 def build_trainer(
@@ -76,6 +90,7 @@ def build_trainer(
     callbacks = [TerminateOtherRanks(), *callbacks, *added["callbacks"], FirstEpochOfProcess()]
     bars: list[L.Callback] = [each for each in callbacks if isinstance(each, AnyProgressBar)] or [ProgressBar()]
     callbacks = [each for each in callbacks if each not in bars] + (bars if shows_bar else [])
+    own_loggers = [_logger(name, options, folder, resumed) for name, options in _entries("logger", logger)]
     try:
         trainer = instantiate(
             "trainer",
@@ -83,12 +98,13 @@ def build_trainer(
             L.Trainer,
             plugins=[AtomicCheckpointIO(), *added["plugins"]],
             callbacks=callbacks,
-            logger=[_logger(name, options, folder, resumed) for name, options in _entries("logger", logger)],
+            logger=own_loggers,
             default_root_dir=folder,
             use_distributed_sampler=not isinstance(datamodule, MNISTDataModule),  # its loaders distribute each batch
         )
     except UserError as error:
-        if arguments.get("accelerator") not in ("gpu", "cuda", "mps", "tpu"):
+        is_missing = re.search("not available|not met|your machine|backend found", str(error))
+        if arguments.get("accelerator") not in ("gpu", "cuda", "mps", "tpu") or not is_missing:
             raise
         asked = f"trainer.accelerator={arguments['accelerator']} trainer.devices={arguments.get('devices', 'auto')}"
         raise UserError(
@@ -102,7 +118,7 @@ def build_trainer(
 
 def build_callbacks(config: dict[str, Any] | None) -> list[L.Callback]:
     """The callbacks of the section ``callbacks``, which has the class and arguments of each by name; null is none."""
-    return [_build_named("callbacks", *each, L.Callback) for each in _entries("callbacks", config)]
+    return [_build(f"callbacks.{name}", options, L.Callback) for name, options in _entries("callbacks", config)]
 
 
 def build_metrics(config: dict[str, Any] | None) -> dict[str, Metric]:
@@ -126,14 +142,7 @@ def build_metrics(config: dict[str, Any] | None) -> dict[str, Metric]:
 
 def build_module(section: str, config: dict[str, Any] | None) -> nn.Module | None:
     """What the section ``augment`` or ``loss`` says, with its class and arguments; null is none."""
-    if not config:
-        return None
-    try:
-        return instantiate(section, config, nn.Module)
-    except UserError as error:
-        if getattr(error.__cause__, "name", "") != "kornia":
-            raise
-        raise UserError(f"{section} needs a package that is not installed: pip install kornia") from error
+    return _build(section, config, nn.Module) if config else None
 
 
 def build_checkpoints(folder: Path, arguments: dict[str, Any], trainer: dict[str, Any]) -> Checkpoints:
@@ -180,8 +189,8 @@ def prepare_data(
     if "train" not in stages:
         return
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    monitored = {f"callbacks: {type(each).__name__}": getattr(each, "monitor", None) for each in callbacks}
-    for name, metric in {**monitored, "scheduler": (scheduler or {}).get("monitor")}.items():
+    monitored = [(f"callbacks: {type(each).__name__}", getattr(each, "monitor", None)) for each in callbacks]
+    for name, metric in [*monitored, ("scheduler", (scheduler or {}).get("monitor"))]:
         if str(metric).startswith("val") and not data.facts["val"]:
             raise UserError(f"{name} monitors {metric}, and there is no validation split: set data.val_size")
     count, processes, interval = data.facts["train"], trainer.world_size, arguments.get("val_check_interval")
@@ -228,7 +237,8 @@ def _errors_as_user_errors(trainer: L.Trainer) -> Iterator[None]:
             raise UserError(f"data: several loaders for {several[1]}; a run has one for each of its parts") from error
         # Early stopping's, at the end of the first epoch, and that of the length of an epoch, have no type of their own.
         said = ("conditioned on metric", "`val_check_interval`")
-        if isinstance(error, MisconfigurationException) or any(each in str(error) for each in said):
+        lacks_package = isinstance(error, ModuleNotFoundError) and _raised_by_lightning(error)
+        if isinstance(error, MisconfigurationException) or lacks_package or any(each in str(error) for each in said):
             raise UserError(" ".join(str(error).split())) from error
         if large := re.fullmatch(r"Target (\d+) is out of bounds.*", str(error)):  # a GPU does not say so
             raise UserError(
@@ -310,7 +320,7 @@ def _logger(name: str, options: dict[str, Any], folder: Path, resumed: bool) -> 
         options = {**options, "name": f"{place}_{parts}" if parts > 1 else place}
     others = {key: value for key, value in options.items() if key != "save_dir"}
     place = str(folder / (options.get("save_dir") or ""))
-    return _build_named("logger", name, others, loggers.Logger, save_dir=place)
+    return _build(f"logger.{name}", others, loggers.Logger, save_dir=place)  # type: ignore[type-abstract]
 
 
 def _entries(group: str, config: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
@@ -327,12 +337,20 @@ def _entries(group: str, config: dict[str, Any] | None) -> list[tuple[str, dict[
     return [(name, options) for name, options in (config or {}).items() if options]
 
 
-def _build_named(group: str, name: str, options: dict[str, Any], kind: Any, **defaults: Any) -> Any:
-    """One of several objects of a group, each of which may need a package of its own."""
+def _build(section: str, options: dict[str, Any], kind: type[T], **defaults: Any) -> T:
+    """``instantiate``; if a class that the groups offer lacks its package, the error says which."""
     try:
-        return instantiate(f"{group}.{name}", options, kind, **defaults)
+        return instantiate(section, options, kind, **defaults)
     except UserError as error:
         if not isinstance(error.__cause__, ModuleNotFoundError):
             raise
-        package = "comet_ml" if name == "comet" else name.partition("_")[0]  # rich_progress needs rich
-        raise UserError(f"{group}={name} needs a package that is not installed: pip install {package}") from error
+        package = "kornia" if error.__cause__.name == "kornia" else NEEDED.get(str(options["_target_"]).split(".")[-1])
+        if not package:  # a class of the user's own
+            raise
+        asked = section.replace(".", "=")
+        raise UserError(f"{asked} needs a package that is not installed: pip install {package}") from error
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__")).startswith("lightning.")

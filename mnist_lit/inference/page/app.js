@@ -14,17 +14,28 @@ const STEP = 10; // canvas pixels per press of an arrow key
 const PAUSE = 80; // minimum milliseconds between two requests
 const CLEAR_EFFECT = 0.01; // a change of the probability that is shown as such; smaller ones are paler
 
-const rows = Array.from({ length: 10 }, (_, digit) => {
+const rows = Array.from({ length: 10 }, () => {
   const row = document.createElement("li");
   const name = document.createElement("b");
   const bar = document.createElement("progress");
   const share = document.createElement("span");
-  name.textContent = digit;
   bar.value = 0;
-  bar.setAttribute("aria-label", `Probability of ${digit}`);
   row.append(name, bar, share);
-  document.getElementById("digits").append(row);
-  return { row, bar, share };
+  document.getElementById("classes").append(row);
+  return { row, name, bar, share };
+});
+
+function label(classes) {
+  rows.forEach(({ name, bar }, index) => {
+    name.textContent = classes[index];
+    bar.setAttribute("aria-label", `Probability of ${classes[index]}`);
+  });
+}
+
+label([..."0123456789"]);
+fetch("health").then((response) => response.json()).then(({ classes }) => {
+  label(classes);
+  if (classes.some((name) => !/^\d/.test(name))) document.querySelector("h1").textContent = "Draw one of these";
 });
 
 // ---- drawing
@@ -181,7 +192,7 @@ function show(result, otherwise = "Nothing drawn yet") {
   answer.textContent = result ? `${result.name ? `This is: ${result.name}` : `This is a ${result.digit}`} (${percent(result.probabilities[result.digit])})` : otherwise;
 }
 
-// ---- how the network comes to it, which is only asked for while it is shown
+// ---- how the network arrives at its answer, which is only asked for while it is shown
 
 inside.addEventListener("toggle", () => inside.open && changed());
 
@@ -215,7 +226,7 @@ function featureMaps({ layer, shape: [channels, height, width], values }) {
     }
     context.putImageData(image, (channel % columns) * (width + 1), Math.floor(channel / columns) * (height + 1));
   }
-  caption.textContent = `${layer}: its ${channels} feature maps, ${height}×${width} pixels each, brighter where it finds more`;
+  caption.textContent = `${layer}: its ${channels} feature maps, ${height}×${width} pixels each, brighter where the activation is stronger`;
   figure.append(canvas, caption);
   return figure;
 }
