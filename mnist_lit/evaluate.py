@@ -32,7 +32,7 @@ def evaluate(
         ckpt: A checkpoint, a run's folder, or ``latest``.
         data: Without ``_target_``, the data are those of the checkpoint's run, but for the keys given; without ``dir``,
             they are looked for where the run had them.
-        metrics: What to measure beside loss and accuracy; None: what the run did.
+        metrics: What to measure besides loss and accuracy; None: what the run did.
         trust: Packages whose classes the checkpoint and its run may name, besides this project's.
 
     Returns:

@@ -107,12 +107,12 @@ def _folders(folder: Path) -> list[Path]:
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
     """The pictures in each of the folders in ``folder`` that has any, in the order of their names."""
-    from mnist_lit.inference.images import ENDINGS
+    from mnist_lit.inference.images import EXTENSIONS
 
     found: dict[str, list[Path]] = {}
     for each in _folders(folder):
         _, _, names = next(os.walk(each), ("", [], []))
-        pictures = [each / name for name in sorted(names, key=_natural) if Path(name).suffix.lower() in ENDINGS]
+        pictures = [each / name for name in sorted(names, key=_natural) if Path(name).suffix.lower() in EXTENSIONS]
         if pictures := [path for path in pictures if not path.name.startswith(".")]:
             found[each.name] = pictures
     return found

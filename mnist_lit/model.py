@@ -31,7 +31,7 @@ class MNISTClassifier(CheckpointedModule):  # a LightningModule whose checkpoint
         augment: Changes training images, [B, 1, 28, 28] on their device, at random; or None.
         loss: What training minimizes, a module that takes logits [B, 10] and labels [B]; None is cross-entropy, which
             validation and test measure in any case.
-        metrics: What to measure beside loss and accuracy in each epoch, by name.
+        metrics: What to measure besides loss and accuracy in each epoch, by name.
 
     Raises:
         UserError: A class does not exist or does not accept its arguments.

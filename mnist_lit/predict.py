@@ -130,13 +130,13 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
             standard input. An ``.npy`` or ``.npz`` file yields a name for each of its images.
     """
     from mnist_lit.inference import arrays
-    from mnist_lit.inference.images import ENDINGS
+    from mnist_lit.inference.images import EXTENSIONS
     from mnist_lit.inference.ink import ImageError
 
     def expand(path: str) -> list[str]:
         if not os.path.isdir(path):
             return [path]
-        files = (file for file in Path(path).rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+        files = (file for file in Path(path).rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
         return sorted(str(file) for file in files if not is_hidden(file, Path(path)))
 
     seen = set()
@@ -147,7 +147,7 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
             seen.add(pattern)
             continue
         if os.path.exists(pattern) or not glob.has_magic(pattern):
-            matches, error = [pattern], f"this folder has no images ({', '.join(ENDINGS)})"
+            matches, error = [pattern], f"this folder has no images ({', '.join(EXTENSIONS)})"
         else:
             matches, error = sorted(glob.glob(pattern, recursive=True)), "no file matches this pattern"
         files = [file for match in matches for file in expand(match)]
@@ -159,7 +159,7 @@ def find_images(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
             seen.add(file)
             if not os.path.exists(file):
                 yield file, "no such file"
-            elif file.lower().endswith(arrays.ENDINGS):
+            elif file.lower().endswith(arrays.EXTENSIONS):
                 try:
                     yield from ((name, "") for name in arrays.names_in(file))
                 except ImageError as error:
@@ -176,18 +176,18 @@ def is_hidden(file: Path, folder: Path) -> bool:
 def skipped(patterns: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
     """What is in the folders among ``patterns`` and not taken for an image, and why."""
     from mnist_lit.inference import arrays
-    from mnist_lit.inference.images import ENDINGS
+    from mnist_lit.inference.images import EXTENSIONS
 
     for folder in (Path(os.path.expanduser(pattern)) for pattern in patterns):
         for file in sorted(folder.rglob("*")) if os.path.isdir(folder) else ():
-            image = file.suffix.lower() in ENDINGS
+            image = file.suffix.lower() in EXTENSIONS
             if file.is_dir():
                 reason = "is a link to a folder" if file.is_symlink() else "is a folder" if image else ""
             elif not file.is_file():
                 reason = "is not a regular file" if file.exists() else "is a broken link"
             elif is_hidden(file, folder):
                 reason = "is hidden"
-            elif file.suffix.lower() in arrays.ENDINGS:
+            elif file.suffix.lower() in arrays.EXTENSIONS:
                 reason = "is an array file, which is read only if it is named"
             else:
                 reason = "" if image else "has no image extension"

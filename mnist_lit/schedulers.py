@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from mnist_lit import UserError, compat
 from mnist_lit.build import build
 
-OF_LIGHTNING = ("interval", "frequency", "monitor")  # the other keys are the arguments of the class
+LIGHTNING_KEYS = ("interval", "frequency", "monitor")  # the other keys are the arguments of the class
 LENGTHS = ("T_max", "total_steps", "total_iters")  # arguments for which None stands for the whole run
 
 
@@ -24,7 +24,7 @@ def for_lightning(config: Mapping[str, Any], optimizer: Optimizer, trainer: Any)
     length = compat.estimated_steps(trainer) if by_step else trainer.max_epochs
     if length not in (-1, math.inf):  # -1 and inf: no end
         length = max(1, length // config.get("frequency", 1))
-    settings = {key: config[key] for key in OF_LIGHTNING if key in config}
+    settings = {key: config[key] for key in LIGHTNING_KEYS if key in config}
     return {"scheduler": build_scheduler(config, optimizer, length), **settings}
 
 
@@ -37,7 +37,7 @@ def build_scheduler(config: Mapping[str, Any], optimizer: Optimizer, length: flo
     Raises:
         UserError: There is no such class, it does not accept the arguments, or needs a length, and the run has no end.
     """
-    arguments = {key: value for key, value in config.items() if key not in OF_LIGHTNING}
+    arguments = {key: value for key, value in config.items() if key not in LIGHTNING_KEYS}
     for key in LENGTHS:
         if arguments.get(key, length) is None:
             if not 0 < length < math.inf:
@@ -47,7 +47,7 @@ def build_scheduler(config: Mapping[str, Any], optimizer: Optimizer, length: flo
 
 
 class WarmupCosine(LambdaLR):
-    """Raises the learning rate linearly to the optimizer's, then lowers it to zero along a half cosine.
+    """Raises the learning rate linearly to the optimizer's, then lowers it to zero along a half-period of a cosine.
 
     Args:
         total_steps: Steps until it is zero.

@@ -11,7 +11,7 @@ from typing import Any
 from mnist_lit import UserError, require_packages
 from mnist_lit.cli import job
 from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, key_of, plain_values
-from mnist_lit.cli.keys import is_one_of
+from mnist_lit.cli.keys import is_under
 from mnist_lit.cli.launch import launch, loading, stopped_by_signals
 from mnist_lit.sweeps.jobs import identity
 
@@ -83,7 +83,7 @@ def _command(**values: Any) -> None:
         raise UserError("data.val_size=0 leaves no validation accuracy to optimize")
     hydra = HydraConfig.get()
     own_keys = schema.Tune.__annotations__.keys() - schema.Train.__annotations__.keys()
-    overrides = [each for each in hydra.overrides.task if not is_one_of(key_of(each), own_keys)]
+    overrides = [each for each in hydra.overrides.task if not is_under(key_of(each), own_keys)]
     config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     files = ConfigFiles("train", config_dirs[0] if config_dirs else None)
     own = {key: values.pop(key) for key in own_keys}

@@ -17,7 +17,7 @@ from torchmetrics.functional import classification as functional
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import settings
-from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN
+from mnist_lit.cli.keys import RUN_LENGTH_KEYS
 from mnist_lit.cli.resume import Run, continued, find
 from mnist_lit.data import MNISTDataModule
 from mnist_lit.evaluate import evaluate
@@ -90,7 +90,7 @@ def test_a_scheduler_ends_with_its_rate_and_resumes_exactly(
 
 
 def test_the_command_line_knows_which_schedules_are_as_long_as_the_run() -> None:
-    assert {f"scheduler.{key}" for key in LENGTHS} == set(AS_LONG_AS_THE_RUN)
+    assert {f"scheduler.{key}" for key in LENGTHS} == set(RUN_LENGTH_KEYS)
 
 
 def test_every_scheduler_has_been_tried() -> None:
@@ -338,7 +338,7 @@ def test_a_schedule_over_the_whole_run_does_not_get_longer() -> None:
     values = settings("train", "scheduler=cosine")
     longer = {**values, "trainer": {**values["trainer"], "max_epochs": 20}}
     run = Run(Path("run"), Path("run"), values)
-    with pytest.raises(UserError, match=r"scheduler\.T_max=null: its schedule ends with the run"):
+    with pytest.raises(UserError, match=r"scheduler\.T_max=null: its schedule spans the whole run"):
         continued(run, longer, {"trainer.max_epochs"})
     values["scheduler"]["T_max"] = 100
     assert continued(run, longer, {"trainer.max_epochs"})["trainer"]["max_epochs"] == 20
@@ -409,11 +409,11 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         (["+logger._target_=my.Logger"], r"logger: an entry has a name, .*mine: \{_target_: my.Logger"),
         (
             ["trainer.strategy=ddp_spawn"],
-            "strategy=ddp_spawn: its processes cannot hand back what this project records",
+            "strategy=ddp_spawn: spawned processes cannot return what this project records",
         ),
         (["metrics=f1", "metrics.f1.average=most"], r"metrics\.f1.*average"),
         (["metrics=auroc", "metrics.auroc.thresholds=null"], r"metrics\.auroc: it would keep every prediction"),
-        (["+metrics.acc={_target_: torchmetrics.MeanMetric}"], r"metrics\.acc: acc is measured anyway"),
+        (["+metrics.acc={_target_: torchmetrics.MeanMetric}"], r"metrics\.acc: acc is a reserved name"),
         (
             ["data.val_size=100", "checkpoint.monitor=val/f1"],
             r"monitor=val/f1: there is no such metric; there are val/acc, val/loss",

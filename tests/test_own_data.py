@@ -159,7 +159,7 @@ class Passing(MNISTDataModule):
         ("trainer.limit_test_batches=0", "trainer.limit_test_batches=0: every run ends with a test"),
         (
             f"data._target_={__name__}.TestedTwice",
-            "data: several loaders for test; a run has one for each of its parts",
+            "data: several loaders for test; only one loader for each part is supported",
         ),
     ],
 )

@@ -109,7 +109,7 @@ def test_every_file_of_a_group_is_recognized(tmp_path: Path) -> None:
     for number, chosen in enumerate(zip_longest(*choices)):
         asked = [choice for choice in chosen if choice]
         several = {choice: f"{group}=[{name}]" for choice in asked for group, name in [choice.split("=")]}
-        shown = [several[each] if each.startswith(records.OF_SEVERAL) else each for each in asked]
+        shown = [several[each] if each.startswith(records.MULTI_GROUPS) else each for each in asked]
         expected = " ".join(each for each in shown if each not in defaults and "none" not in each)
         assert changes_of(begun(tmp_path / str(number), *[several[each] for each in asked])) == expected
 

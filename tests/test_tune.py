@@ -23,7 +23,7 @@ from conftest import Command
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import CONF, ConfigFiles, checked_values, flatten, plain_values, settings
-from mnist_lit.cli.keys import is_one_of
+from mnist_lit.cli.keys import is_under
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
@@ -192,7 +192,7 @@ def test_43_a_database_that_goes_away_is_waited_for(postgresql: PostgreSQL, tmp_
     surplus = [trial for trial in trials if "surplus" in trial.user_attrs]  # begun at the same moment as the last one
     assert [trial.state.name for trial in trials if trial not in surplus] == ["COMPLETE"] * 3
     log = (tmp_path / "outputs" / "tune" / "tune.log").read_text()
-    assert "the database does not answer; waiting for it, 5 minutes at most" in log
+    assert "the database is unreachable; retrying for up to 5 minutes" in log
 
 
 def test_43_a_database_that_stays_away_ends_the_search_in_a_sentence(
@@ -202,13 +202,13 @@ def test_43_a_database_that_stays_away_ends_the_search_in_a_sentence(
 
     monkeypatch.setattr(database, "RETRY_INTERVAL", 0.1)
     search = search_in(tmp_path)
-    study, search.database.patience = search.study, 0.5
+    study, search.database.timeout = search.study, 0.5
     trial = study.ask()
     search.database.engine.dispose()  # its connections
     (tmp_path / "tune.db").rename(tmp_path / "away.db")
     (tmp_path / "tune.db").mkdir()
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"tune.db does not answer any more \(.*unable to open.*\); the same command"):
+    with pytest.raises(UserError, match=r"tune.db is still unreachable \(.*unable to open.*\); the same command"):
         trial.set_user_attr("a", 1)
     assert 0.5 < time.monotonic() - started < 5 and not search.database.trusts_heartbeats
     search.database.record_heartbeat(trial._trial_id)  # as a thread of Optuna's does, without a traceback
@@ -476,7 +476,7 @@ def test_the_best_settings_are_an_experiment_that_composes_to_what_the_trial_had
 
     def decisive(files: ConfigFiles, *given: str) -> dict[str, Any]:
         values = flatten(checked_values("train", files.compose(given)))
-        return {key: value for key, value in values.items() if not is_one_of(key, NOT_SHOWN)}
+        return {key: value for key, value in values.items() if not is_under(key, NOT_SHOWN)}
 
     had = decisive(files, *overrides, *(f"{key}={value}" for key, value in params.items()))
     assert decisive(ConfigFiles("train", str(tmp_path)), "experiment=best") == had

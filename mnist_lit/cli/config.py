@@ -12,7 +12,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
-from mnist_lit.cli.keys import DATA_DIR, NULLABLE, OF_ONE_CLASS, OF_SEVERAL, PATHS, QUOTED
+from mnist_lit.cli.keys import DATA_DIR, MULTI_GROUPS, NULLABLE, PATHS, QUOTED, SINGLE_GROUPS
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
@@ -57,18 +57,18 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
     if missing := OmegaConf.missing_keys(_own(config)):
         raise UserError(f"{', '.join(f'{key}=' for key in sorted(missing))} must be given (--help shows how)")
     values = plain_values(config)
-    of_hydra = config.hydra if "hydra" in config else HydraConfig.get()  # inside a command Hydra keeps it apart
-    typed = [key_of(override) for override in of_hydra.overrides.task]
-    for section in (*OF_ONE_CLASS, *OF_SEVERAL):
-        is_off = of_hydra.runtime.choices.get(section) == "none"
+    hydra_config = config.hydra if "hydra" in config else HydraConfig.get()  # inside a command Hydra keeps it apart
+    typed = [key_of(override) for override in hydra_config.overrides.task]
+    for section in (*SINGLE_GROUPS, *MULTI_GROUPS):
+        is_off = hydra_config.runtime.choices.get(section) == "none"
         if (is_off or f"{section}._target_" in typed) and isinstance(values.get(section), dict):
             kept = {
                 key.split(".")[1] for key in typed if key.startswith(f"{section}.")
             }  # the others are of another class
             values[section] = {key: value for key, value in values[section].items() if key in kept}
-    if verb in ("evaluate", "export") and not of_hydra.job.chdir and isinstance(data := values.get("data"), dict):
+    if verb in ("evaluate", "export") and not hydra_config.job.chdir and isinstance(data := values.get("data"), dict):
         # What nobody has chosen, these take from the run.
-        if of_hydra.runtime.choices.get("data") == "mnist" and not {"data", "data._target_"} & {*typed}:
+        if hydra_config.runtime.choices.get("data") == "mnist" and not {"data", "data._target_"} & {*typed}:
             values["data"] = {key: value for key, value in data.items() if f"data.{key}" in typed}
         elif "data.dir" not in typed and data.get("dir") == DATA_DIR:
             values["data"] = {key: value for key, value in data.items() if key != "dir"}

@@ -47,7 +47,7 @@ def as_user_errors(keys: Callable[[], Iterable[str]], groups: Iterable[str]) -> 
                 reason = error.message.splitlines()[0]
                 text = f"cannot read {error.override}: {reason} (a value with = ( ) [ ] or a comma needs quotes)"
             case _ if there := re.search(r"An item is already at '([^']+)'", text):
-                text = f"{there[1]} exists: leave out the + before it"
+                text = f"{there[1]} exists already: leave out the +"
             case _ if text.startswith(of_hydra[0]):
                 text = "a group takes the name of one of its files (--help shows them); none switches off those that have it"
             case _ if unknown and text.startswith("Could not delete") and unknown[1] in keys():

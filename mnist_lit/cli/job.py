@@ -28,7 +28,7 @@ from typing import Any
 from mnist_lit import compat
 from mnist_lit.cli import launch, parent
 
-SECONDS_TO_STOP = 60.0  # for the current step and its checkpoint
+STOP_TIMEOUT = 60.0  # for the current step and its checkpoint
 SERVER_LOST = 255  # the exit code that multiprocessing reports for a process whose server was killed
 HYDRAS_LAST_LINE = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -187,7 +187,7 @@ def _pass_on(receive: int, quiet: bool, last: deque[str]) -> None:
 def _stop(command: ChildProcess, number: signal.Signals) -> int:
     command.send_signal(number)
     try:
-        return command.wait(SECONDS_TO_STOP)
+        return command.wait(STOP_TIMEOUT)
     except TimeoutError:
         pass
     finally:

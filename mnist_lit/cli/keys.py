@@ -19,15 +19,15 @@ MAY_CHANGE = (
     *(f"trainer.enable_{what}" for what in ("progress_bar", "model_summary")),
 )
 # Null stands for the length of the whole run, which then cannot change: ``schedulers.LENGTHS``, whose module needs torch.
-AS_LONG_AS_THE_RUN = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
+RUN_LENGTH_KEYS = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_iters")
 # Sections whose keys are the arguments of one class: naming another on the command line drops those of the file.
-OF_ONE_CLASS = ("data", "augment", "model", "loss", "optimizer", "scheduler")
+SINGLE_GROUPS = ("data", "augment", "model", "loss", "optimizer", "scheduler")
 # Sections that have a class and its arguments by name.
-OF_SEVERAL = ("metrics", "callbacks", "logger")
+MULTI_GROUPS = ("metrics", "callbacks", "logger")
 # What ``data.dir`` is in the files of conf/data/, where nobody has chosen.
 DATA_DIR = "data"
 
 
-def is_one_of(key: str, keys: Iterable[str]) -> bool:
+def is_under(key: str, keys: Iterable[str]) -> bool:
     """Whether ``key``, or a section that it is in, is among ``keys``."""
     return any(key == each or key.startswith(f"{each}.") for each in keys)

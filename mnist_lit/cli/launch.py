@@ -93,11 +93,11 @@ def launch(
     except UserError as error:
         if tracebacks:
             raise
-        if not (ranks.is_first() or isinstance(error, ranks.LostProcessError)):  # all may have it: one reports it
-            time.sleep(ranks.FIRST_SAYS_IT)
+        if not (ranks.is_rank_zero() or isinstance(error, ranks.LostProcessError)):  # all may have it: one reports it
+            time.sleep(ranks.RANK_ZERO_DELAY)
         sys.exit(f"{verb}: {error}")
     except (Interrupted, KeyboardInterrupt) as stopped:
-        if ranks.is_first():
+        if ranks.is_rank_zero():
             print(f"{verb}: {stopped if isinstance(stopped, Interrupted) else 'stopped'}", file=sys.stderr)
         sys.exit(128 + (stopped.signal if isinstance(stopped, Interrupted) else signal.SIGINT))
 
@@ -157,7 +157,7 @@ class VerbRun:
         if ranks.started_together():
             ranks.take_starters_numbers(config)
             folder, start = ranks.decided_by_first(lambda earlier: self._decide(config, *(earlier or ())[:1]))
-        elif ranks.is_first():
+        elif ranks.is_rank_zero():
             folder, start = self._decide(config)
         else:  # Lightning passes the folder on
             folder, start = str(config.hydra.run.dir), config.get("resume")
@@ -166,21 +166,21 @@ class VerbRun:
             self.continued = self._continued(config, start)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.run.dir = folder
-            if start or not ranks.is_first():
+            if start or not ranks.is_rank_zero():
                 config.hydra.output_subdir = None  # the first process or run has written it
-            if not ranks.is_first():
+            if not ranks.is_rank_zero():
                 quiet = CONF / "hydra" / "job_logging" / "further_process.yaml"
                 config.hydra.job_logging = OmegaConf.load(quiet)
 
     def __call__(self, config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        of_hydra = HydraConfig.get()
-        folder = Path(of_hydra.runtime.output_dir)
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
         try:
             values = self.continued or checked_values(self.verb, config)
-            if of_hydra.job.chdir:
-                values = absolute_paths(values, of_hydra.runtime.cwd)
+            if hydra_config.job.chdir:
+                values = absolute_paths(values, hydra_config.runtime.cwd)
             values = arguments(self.verb, values)
             show_tracebacks_as_asked()
             if self.run_folder:
@@ -192,7 +192,7 @@ class VerbRun:
             with ranks.lost_process_as_user_error(folder):
                 self.work(**values)
         except UserError as error:
-            if self.run_folder and ranks.is_first():
+            if self.run_folder and ranks.is_rank_zero():
                 if error.__cause__ and not isinstance(error, ranks.LostProcessError):
                     log_crash.error("%s", error, exc_info=error)  # a user need not see it, a developer may have to
                 _remove_traces(folder, self.verb)
@@ -283,7 +283,7 @@ def loading(what: str) -> Iterator[None]:
     gc.disable()
     timer = threading.Timer(1.0, print, [f"loading {what} ..."], {"file": sys.stderr, "flush": True})
     timer.daemon = True
-    if ranks.is_first():
+    if ranks.is_rank_zero():
         timer.start()
     try:
         yield

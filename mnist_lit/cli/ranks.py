@@ -23,10 +23,10 @@ from mnist_lit.storage.runs import resume_hint, step_of_job
 
 T = TypeVar("T")
 
-LONGEST_PREPARATION = timedelta(minutes=5)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 GRACE = 3  # seconds for a process to say that another one has died, once the one that started it is gone
 SHELLS = ("bash", "interactive")  # names of Slurm jobs in which people type commands; Lightning has the same
-FIRST_SAYS_IT = 10  # seconds for the first process to report an error that all of them have, and to end the others
+RANK_ZERO_DELAY = 10  # seconds for the first process to report an error that all of them have, and to end the others
 
 _kept: Any = None  # a store in the first process, which ends with its last reference
 
@@ -51,16 +51,18 @@ def adopt_srun() -> None:
     """If srun has started this process, set the variables that torchrun would have set."""
     if not by_srun() or started_together():  # torchrun can run in a Slurm job
         return
-    of_slurm = {key.removeprefix("SLURM_"): value for key, value in os.environ.items() if key.startswith("SLURM_")}
-    job, step = int(of_slurm["JOB_ID"]), int(of_slurm["STEP_ID"])
-    processes, nodes = int(of_slurm["STEP_NUM_TASKS"]), int(of_slurm["STEP_NUM_NODES"])
+    slurm_variables = {
+        key.removeprefix("SLURM_"): value for key, value in os.environ.items() if key.startswith("SLURM_")
+    }
+    job, step = int(slurm_variables["JOB_ID"]), int(slurm_variables["STEP_ID"])
+    processes, nodes = int(slurm_variables["STEP_NUM_TASKS"]), int(slurm_variables["STEP_NUM_NODES"])
     os.environ |= {
         "TORCHELASTIC_RUN_ID": step_of_job(),
-        "TORCHELASTIC_RESTART_COUNT": of_slurm.get("RESTART_COUNT", "0"),
+        "TORCHELASTIC_RESTART_COUNT": slurm_variables.get("RESTART_COUNT", "0"),
         "TORCHELASTIC_USE_AGENT_STORE": "False",
-        "RANK": of_slurm["PROCID"],
-        "LOCAL_RANK": of_slurm["LOCALID"],
-        "GROUP_RANK": of_slurm["NODEID"],
+        "RANK": slurm_variables["PROCID"],
+        "LOCAL_RANK": slurm_variables["LOCALID"],
+        "GROUP_RANK": slurm_variables["NODEID"],
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes // nodes),
         "GROUP_WORLD_SIZE": str(nodes),
@@ -99,7 +101,7 @@ def is_started_by_another() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     return os.environ.get("RANK" if started_together() else "LOCAL_RANK", "0") == "0"
 
 
@@ -138,7 +140,7 @@ def decided_by_first(decide: Callable[[T | None], T]) -> T:
         return decide(None)
     store, attempt = _store(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     earlier, name = (f"mnist_lit/decided/{number}" for number in (attempt - 1, attempt))
-    if is_first():
+    if is_rank_zero():
         decided = None
         try:
             decided = decide(json.loads(store.get(earlier))[0] if store.check([earlier]) else None)
@@ -177,7 +179,7 @@ def _store() -> Any:
 
         first = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
         os.environ.setdefault("MASTER_ADDR", first)
-    store = next(torch.distributed.rendezvous("env://", timeout=LONGEST_PREPARATION))[0]
+    store = next(torch.distributed.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))[0]
     # PyTorch's versions differ in whether each start of the processes has a part of the store for itself.
     return store.underlying_store if isinstance(store, torch.distributed.PrefixStore) else store
 

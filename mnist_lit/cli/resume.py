@@ -11,7 +11,7 @@ from typing import Any
 from mnist_lit import UserError
 from mnist_lit.cli.config import ConfigFiles, flatten
 from mnist_lit.cli.data_of_run import run_of
-from mnist_lit.cli.keys import AS_LONG_AS_THE_RUN, MAY_CHANGE, is_one_of
+from mnist_lit.cli.keys import MAY_CHANGE, RUN_LENGTH_KEYS, is_under
 from mnist_lit.reports.results import LIMITS, limited_by
 from mnist_lit.storage import runs
 from mnist_lit.storage.checkpoint_file import corruption
@@ -58,7 +58,7 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
     config = read_config(folder / "config.yaml")
     # It is from within a validation, where Lightning cannot go on exactly.
     if path.is_file() and path.name == Path(runs.BEST).name:
-        raise UserError(f"resume={wanted}: best.ckpt cannot be resumed, only tested: resume={folder}")
+        raise UserError(f"resume={wanted}: best.ckpt is for testing only: resume={folder}")
     written = (place for name in (runs.LAST, runs.PREVIOUS) if (place := folder / name).exists())
     start = path if path.is_file() else next(written, folder)
     if start != folder and (reason := corruption(start)):
@@ -100,15 +100,17 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     own |= {key: run.config[key] for key in typed if asked.get(key) == {} and run.config.get(key)}  # GROUP=none
     different = sorted(key for key in typed if own.get(key) != new.get(key))
     raised = [key for key in different if key.removeprefix("trainer.") in LIMITS]
-    other = [key for key in different if not is_one_of(key, MAY_CHANGE) and key not in raised]
+    other = [key for key in different if not is_under(key, MAY_CHANGE) and key not in raised]
     if other:
         differences = ", ".join(f"{key} was {own.get(key)} and not {new.get(key)}" for key in other)
         raise UserError(f"{run.folder} is another run: {differences}; remove these overrides to resume it")
     for key in raised:
         if _amount(new.get(key)) < _amount(own.get(key)):
             raise UserError(f"{run.folder} has {key.partition('.')[2]}={own.get(key)}: it can only be increased")
-    if raised and (open_length := next((key for key in AS_LONG_AS_THE_RUN if own.get(key, "") is None), None)):
-        raise UserError(f"{run.folder} has {open_length}=null: its schedule ends with the run, which stays as long")
+    if raised and (open_length := next((key for key in RUN_LENGTH_KEYS if own.get(key, "") is None), None)):
+        raise UserError(
+            f"{run.folder} has {open_length}=null: its schedule spans the whole run, whose length cannot change"
+        )
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
     for key in different:
         section, _, name = key.partition(".")

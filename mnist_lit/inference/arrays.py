@@ -16,7 +16,7 @@ from mnist_lit.inference.ink import SIDE, ImageError
 from mnist_lit.storage.archives import BROKEN, require_short_list
 from mnist_lit.storage.tables import one_line
 
-ENDINGS = (".npy", ".npz")
+EXTENSIONS = (".npy", ".npz")
 MAX_IMAGES = 1_000_000
 MAX_BYTES = 2**30  # of an array in an .npz file, which is read as a whole; an .npy file may have any size
 NAME = re.compile(r"(.+?\.(?:npy|npz))(?::(.*))?\[(\d+)\]", re.IGNORECASE | re.DOTALL)  # of an image, see ``names_in``

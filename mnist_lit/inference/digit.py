@@ -28,7 +28,7 @@ STROKE = 0.45  # of full ink belongs to a stroke
 DARKER = 1.6  # of what is full ink for most of a shape are strokes that the rest of it is no part of
 FAINT = 0.2  # of full ink may belong to a line of the paper
 MAX_SLOPE = 0.1  # of the lines of the paper
-EVERY = np.ones((3, 3), bool)  # a pixel's eight neighbours touch it
+EIGHT_CONNECTED = np.ones((3, 3), bool)  # a pixel's eight neighbours touch it
 MOMENTS = np.array([np.ones(SIDE), np.arange(SIDE)], np.float32)
 
 
@@ -155,7 +155,7 @@ def _has_mnists_form(grey: np.ndarray) -> bool:
 
 def _find(ink: np.ndarray) -> Shape | None:
     """The digit's strokes among what is inked: large, near the middle, and not a frame or something at the edge."""
-    parts, count = ndimage.label(_without_lines(ink > STROKE, ink > FAINT), EVERY)
+    parts, count = ndimage.label(_without_lines(ink > STROKE, ink > FAINT), EIGHT_CONNECTED)
     if not count:
         return None
     boxes = ndimage.find_objects(parts)
@@ -271,7 +271,7 @@ def _lines(inked: np.ndarray, seen: np.ndarray) -> np.ndarray:
     joined = ndimage.grey_closing(seen, (1, 5))  # over gaps
     thickest = max(3, round(0.06 * min(seen.shape)))
     thin = ndimage.grey_opening(joined, (1, max(9, wide // 12))) & ~ndimage.grey_opening(seen, (thickest + 1, 1))
-    parts, _ = ndimage.label(ndimage.maximum_filter1d(thin, 2 * (wide // 12), axis=1), EVERY)
+    parts, _ = ndimage.label(ndimage.maximum_filter1d(thin, 2 * (wide // 12), axis=1), EIGHT_CONNECTED)
     near, lines, x = ndimage.maximum_filter1d(seen, 3, axis=0), np.zeros_like(seen), np.arange(wide)
     strokes: dict[int, np.ndarray] = {}  # wider than so many pixels
     for number, box in enumerate(ndimage.find_objects(parts), 1):

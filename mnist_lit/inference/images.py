@@ -19,7 +19,7 @@ from mnist_lit.inference.ink import SIDE, ImageError
 from mnist_lit.storage.tables import one_line
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")  # MPO is a JPEG
-ENDINGS = (
+EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".avif"),
     *(".jp2", ".j2k", ".jpx", ".heic", ".heif"),
 )
@@ -28,8 +28,8 @@ MAX_PIXELS = 80_000_000  # four times a phone camera's resolution; up to 1.7 GB 
 MAX_BYTES = 2**26  # of a file: 20 million uncompressed pixels in colour
 MAX_SCANS = 50  # of a progressive JPEG with as many pixels as allowed; cameras and editors write ten
 
-TOPS = (1.0, 255.0, 65535.0)  # full brightness, as files other than of bytes have it
-WORKING_SIDE = 256  # larger images are first reduced by a whole factor to about this size
+MAX_VALUES = (1.0, 255.0, 65535.0)  # of floats, bytes and 16-bit numbers
+WORKING_SIDE = 256  # larger images are first reduced by an integer factor to about this size
 
 
 def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist", refuse: bool = True) -> np.ndarray:
@@ -150,22 +150,22 @@ def _check_size(image: Image.Image, content: bytes, max_pixels: int) -> None:
 
 def _grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16- or 32-bit integers, or floating point
-        return Image.fromarray(scaled(np.asarray(image), (65535.0,) if image.mode.startswith("I;16") else TOPS))
+        return Image.fromarray(scaled(np.asarray(image), (65535.0,) if image.mode.startswith("I;16") else MAX_VALUES))
     if image.mode in ("1", "L") and not image.has_transparency_data:
         return image.convert("L")
     return _clearest_channel(_on_paper(image.convert("RGBA")) if image.has_transparency_data else image.convert("RGB"))
 
 
-def scaled(values: np.ndarray, tops: tuple[float, ...] = TOPS) -> np.ndarray:
+def scaled(values: np.ndarray, max_values: tuple[float, ...] = MAX_VALUES) -> np.ndarray:
     """Brightness in whatever numbers as float32 from 0 to 255.
 
     Args:
-        tops: What full brightness may be: if no value is negative, the first of these that none exceeds.
+        max_values: What full brightness may be: if no value is negative, the first of these that none exceeds.
     """
     finite = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     finite = finite.clip(-1e38, 1e38)  # a difference of larger ones would not be finite
     low, high = float(finite.min()), float(finite.max())
-    top = next((top for top in tops if low >= 0 and high <= top), high)
+    top = next((top for top in max_values if low >= 0 and high <= top), high)
     if high - low > top / 3:  # otherwise they are of fewer bits, as cameras and microscopes have them
         low = min(low, 0.0)
     else:

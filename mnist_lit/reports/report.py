@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from mnist_lit.inference.explain import feature_maps
-from mnist_lit.reports.results import further_metrics, kind_of_class
+from mnist_lit.reports.results import extra_metrics, kind_of_class
 from mnist_lit.reports.scores import MAX_MISTAKES
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.provenance import SAMPLE_NAME, described
@@ -71,7 +71,7 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_lit.reports"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    confusion, others = results["test/confusion_matrix"], further_metrics(results)
+    confusion, others = results["test/confusion_matrix"], extra_metrics(results)
     titles = CURVES | {name: name for name in others}
     page = environment.get_template("report.html").render(
         results=results,

@@ -101,7 +101,7 @@ OWN_SCORES = {
 }
 
 
-def further_metrics(results: dict[str, Any]) -> list[str]:
+def extra_metrics(results: dict[str, Any]) -> list[str]:
     """The names of the metrics that a run had besides loss and accuracy."""
     found = [key for key, value in results.items() if key.startswith("test/") and isinstance(value, float)]
     return [key.removeprefix("test/") for key in found if key not in OWN_SCORES]
@@ -113,7 +113,7 @@ def training_table(results: dict[str, Any], folder: Path) -> str:
         ("validation", "val"),
         (f"test, {results['tested_weights']} weights", "test"),
     ]
-    widths = {"acc": 10, **{name: max(10, len(name) + 2) for name in further_metrics(results)}}
+    widths = {"acc": 10, **{name: max(10, len(name) + 2) for name in extra_metrics(results)}}
     names = "".join(f"{'accuracy' if name == 'acc' else name:>{width}}" for name, width in widths.items())
     lines = [f"{'':28}{'loss':>8}{names}"]
     for title, stage in rows:
@@ -135,7 +135,7 @@ def evaluation_table(results: dict[str, Any], folder: Path) -> str:
         figures = f"{row['precision']:11.4f}{row['recall']:8.4f}{row['f1']:8.4f}"
         lines.append(f"{row['digit']:5}{row['images']:8}{figures}  {row.get('name', '')}".rstrip())
     lines.append("")
-    titles = {**OWN_SCORES, **{f"test/{name}": name for name in further_metrics(results)}}
+    titles = {**OWN_SCORES, **{f"test/{name}": name for name in extra_metrics(results)}}
     lines += [f"test {title:26}{results[key]:.4f}" for key, title in titles.items() if key in results]
     lines.append(f"{results['test/images']:,} images of {_data(results)}, with {results['ckpt']}")
     lines.append(f"the report: {runs.display_path(folder)}/report.html")

@@ -21,7 +21,7 @@ log = logging.getLogger("mnist_lit.tune")
 
 HEARTBEAT_INTERVAL, GRACE_PERIOD = 5, 15  # seconds between heartbeats, and without one until a trial is stale
 MAX_RETRIES = 3  # of a trial whose process was killed
-LONGEST_ABSENCE = 300  # seconds to wait for the database
+DATABASE_TIMEOUT = 300  # seconds to wait for the database
 RETRY_INTERVAL = 1.0  # seconds
 
 
@@ -29,11 +29,11 @@ def without_password(url: str) -> str:
     return re.sub(r"(//[^/:@]*):[^@]*@", r"\1:***@", url)
 
 
-class PatientStorage(RDBStorage):
+class RetryingStorage(RDBStorage):
     """``RDBStorage``, each of whose operations is tried again while the database does not answer.
 
     Attributes:
-        patience: How many seconds an operation waits for the database, at first 0.
+        timeout: How many seconds an operation waits for the database, at first 0.
         stop: When it is set, nothing waits any more.
 
     Raises:
@@ -41,35 +41,35 @@ class PatientStorage(RDBStorage):
     """
 
     def __init__(self, url: str, *arguments: Any, **options: Any) -> None:
-        self.patience = 0.0
+        self.timeout = 0.0
         self.stop = threading.Event()
         self.waiting, self.last_waited = 0, -float("inf")  # how many operations do, and when one did
         self._counting = threading.Lock()
         super().__init__(url, *arguments, **options)
 
-    def until_it_answers(self, operation: Callable[[], Any]) -> Any:
+    def with_retries(self, operation: Callable[[], Any]) -> Any:
         try:
             return operation()
         except StorageInternalError as error:
-            if not (self.patience and _is_away(error)):
+            if not (self.timeout and _is_connection_error(error)):
                 raise
         with self._counting:
             self.waiting += 1
             if self.waiting == 1:
-                log.warning("the database does not answer; waiting for it, %.0f minutes at most", self.patience / 60)
-        end = time.monotonic() + self.patience
+                log.warning("the database is unreachable; retrying for up to %.0f minutes", self.timeout / 60)
+        end = time.monotonic() + self.timeout
         try:
             while True:
                 stopped = self.stop.wait(RETRY_INTERVAL)
                 try:
                     return operation()
                 except StorageInternalError as error:
-                    if not _is_away(error):
+                    if not _is_connection_error(error):
                         raise
                     if stopped or time.monotonic() > end:
                         where, why = without_password(self.url), one_line(error.__cause__)
                         raise UserError(
-                            f"storage={where} does not answer any more ({why}); the same command continues"
+                            f"storage={where} is still unreachable ({why}); the same command continues"
                         ) from error
         finally:
             with self._counting:
@@ -77,26 +77,26 @@ class PatientStorage(RDBStorage):
                 self.last_waited = time.monotonic()
 
 
-def _is_away(error: StorageInternalError) -> bool:
+def _is_connection_error(error: StorageInternalError) -> bool:
     return isinstance(error.__cause__, OperationalError | InterfaceError)
 
 
-def _patient(operation: Callable[..., Any]) -> Callable[..., Any]:
+def _retrying(operation: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(operation)
-    def patient(self: PatientStorage, *arguments: Any, **options: Any) -> Any:
-        return self.until_it_answers(functools.partial(operation, self, *arguments, **options))
+    def retrying(self: RetryingStorage, *arguments: Any, **options: Any) -> Any:
+        return self.with_retries(functools.partial(operation, self, *arguments, **options))
 
-    return patient
+    return retrying
 
 
 for _name, _operation in vars(RDBStorage).items():
     if not inspect.isfunction(_operation) or _name.startswith("__"):
         continue
     if "session" not in inspect.signature(_operation).parameters:  # otherwise it is a part of another operation
-        setattr(PatientStorage, _name, _patient(_operation))
+        setattr(RetryingStorage, _name, _retrying(_operation))
 
 
-class Database(PatientStorage):
+class Database(RetryingStorage):
     """The database of a search, with heartbeats by which other processes notice that one was killed.
 
     Args:

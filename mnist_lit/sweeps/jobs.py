@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
+from mnist_lit.cli.keys import MAY_CHANGE, is_under
 from mnist_lit.storage.atomic import atomic_write
 
 FILE = "job.json"  # in a job's folder: its overrides and status
@@ -78,6 +78,6 @@ def identity(config: dict[str, Any], swept: Iterable[str]) -> str:
     """A key that is equal for jobs with the same results: the configuration without hardware and data folder, except
     for keys that are swept over."""
     keys = [key.lstrip("+~") for key in swept] + ["data.source"]
-    free = [each for each in MAY_CHANGE if not any(is_one_of(key, [each]) for key in keys)]
-    decisive = {key: value for key, value in {**BEFORE_MONITOR, **config}.items() if not is_one_of(key, free)}
+    free = [each for each in MAY_CHANGE if not any(is_under(key, [each]) for key in keys)]
+    decisive = {key: value for key, value in {**BEFORE_MONITOR, **config}.items() if not is_under(key, free)}
     return json.dumps(decisive, sort_keys=True, default=str)

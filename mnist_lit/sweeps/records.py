@@ -14,7 +14,7 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import CONF, ConfigFiles, flatten, plain_values
-from mnist_lit.cli.keys import MAY_CHANGE, OF_ONE_CLASS, OF_SEVERAL, is_one_of
+from mnist_lit.cli.keys import MAY_CHANGE, MULTI_GROUPS, SINGLE_GROUPS, is_under
 from mnist_lit.reports.results import limited_by
 from mnist_lit.storage import run_config, runs
 from mnist_lit.storage.tables import one_line, short
@@ -23,7 +23,7 @@ from mnist_lit.sweeps.summary import METRICS
 
 MAX_DEPTH = 6  # of folders below the one that is listed
 MAX_BYTES = 2**24  # of a file with results; the tutorial's ``metrics.json`` has 6 kB
-GROUPS = (*OF_ONE_CLASS, "metrics", "callbacks")  # what loggers record changes no results
+GROUPS = (*SINGLE_GROUPS, "metrics", "callbacks")  # what loggers record changes no results
 NOT_SHOWN = (*MAY_CHANGE, "trainer.enable_checkpointing")  # it changes nothing, and no trial of a search has any
 REFERENCE = re.compile(r"\$\{(?:oc\.select:)?([\w.]+)(?:,(\d+))?\}")
 METRIC = re.compile(r"(val|test|train)/\w{1,30}")
@@ -128,7 +128,7 @@ def differing(records: Sequence[Record]) -> list[str]:
         group = key.partition(".")[0]
         return key.endswith("._target_") and all(each.get(group) or key not in each for each in settings)
 
-    return [key for key in different if not is_named(key) and not is_one_of(key, NOT_SHOWN)]
+    return [key for key in different if not is_named(key) and not is_under(key, NOT_SHOWN)]
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
@@ -237,8 +237,8 @@ def _options(group: str) -> dict[str, dict[str, Any]]:
 
 def _chosen(group: str, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """Which file of a group a flattened configuration has chosen, and what is in it; None if it is none of ``conf/``."""
-    options, own = _options(group), {key: value for key, value in config.items() if is_one_of(key, [group])}
-    if group in OF_SEVERAL:
+    options, own = _options(group), {key: value for key, value in config.items() if is_under(key, [group])}
+    if group in MULTI_GROUPS:
         names = [name for name in options if f"{group}.{name}._target_" in own]
         if not names:
             return None, {}
@@ -267,6 +267,6 @@ def _compared_with_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], 
         wanted = expected.get(key)  # of a group without a choice there is nothing
         if reference := REFERENCE.fullmatch(str(wanted)):
             wanted = config.get(reference[1], int(reference[2]) if reference[2] else None)
-        if value not in (expected.get(key), wanted) and not is_one_of(key, NOT_SHOWN):
+        if value not in (expected.get(key), wanted) and not is_under(key, NOT_SHOWN):
             changes[key] = value
     return chosen, changes

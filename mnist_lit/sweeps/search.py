@@ -36,7 +36,7 @@ from mnist_lit.cli.config import ConfigFiles, as_overrides, flatten, key_of, quo
 from mnist_lit.cli.errors import suggestion
 from mnist_lit.storage import runs
 from mnist_lit.storage.tables import one_line, short
-from mnist_lit.sweeps.database import GRACE_PERIOD, LONGEST_ABSENCE, MAX_RETRIES, Database, without_password
+from mnist_lit.sweeps.database import DATABASE_TIMEOUT, GRACE_PERIOD, MAX_RETRIES, Database, without_password
 from mnist_lit.sweeps.jobs import BEFORE_MONITOR
 from mnist_lit.sweeps.records import read_history
 
@@ -148,7 +148,7 @@ def open_study(storage: str, name: str, pruner: optuna.pruners.BasePruner, mode:
                 where = f"storage={without_password(storage)}"
                 raise UserError(f"{where}: cannot be opened ({one_line(error, limit=300)})") from error
             time.sleep(delay)  # another process may be creating the tables
-    database.patience = LONGEST_ABSENCE
+    database.timeout = DATABASE_TIMEOUT
     return study, database
 
 

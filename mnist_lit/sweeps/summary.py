@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
-from mnist_lit.reports.results import further_metrics, only_showing
+from mnist_lit.cli.keys import MAY_CHANGE, is_under
+from mnist_lit.reports.results import extra_metrics, only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.tables import text_table, to_csv
@@ -66,7 +66,7 @@ def best_first(jobs: list[Job]) -> tuple[list[Group], str]:
     """
     swept = sorted({key for job in jobs for key in job.swept})
     free = ("seed", *MAY_CHANGE)
-    keys = [key for key in differing(jobs) if (key in swept and key != "seed") or not is_one_of(key.lstrip("+~"), free)]
+    keys = [key for key in differing(jobs) if (key in swept and key != "seed") or not is_under(key.lstrip("+~"), free)]
     by_identity: dict[str, Group] = {}
     for job in jobs:
         group = Group(title(job.overrides, keys), [])
@@ -113,7 +113,7 @@ def _cell(group: Group, key: str) -> str:
 
 def _further(jobs: list[Job], stages: Sequence[str]) -> list[str]:
     """The metrics that the section ``metrics`` of some jobs has added."""
-    names = dict.fromkeys(name for job in jobs for name in further_metrics(job.results))
+    names = dict.fromkeys(name for job in jobs for name in extra_metrics(job.results))
     return [f"{stage}/{name}" for name in names for stage in stages]
 
 

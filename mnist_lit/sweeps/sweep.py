@@ -18,7 +18,7 @@ from typing import Any
 from mnist_lit import UserError, compat
 from mnist_lit.cli import job, launch, parent
 from mnist_lit.cli.config import ConfigFiles, flatten, key_of, plain_values, quoted
-from mnist_lit.cli.keys import MAY_CHANGE, is_one_of
+from mnist_lit.cli.keys import MAY_CHANGE, is_under
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
 from mnist_lit.storage.trust import targets
@@ -29,7 +29,9 @@ log = logging.getLogger("mnist_lit.sweeps.sweep")
 
 QUOTES = "'\""
 # Overrides that concern the sweep: where jobs run and how their folders are named. They are not passed on to a job.
-OF_THE_SWEEP = re.compile(r"[+~]*hydra(/launcher|/sweeper|\.(launcher|sweeper|sweep|run|mode|job_logging|callbacks)\b)")
+SWEEP_OVERRIDES = re.compile(
+    r"[+~]*hydra(/launcher|/sweeper|\.(launcher|sweeper|sweep|run|mode|job_logging|callbacks)\b)"
+)
 
 
 def asked_jobs(files: ConfigFiles, overrides: Sequence[str]) -> list[Job]:
@@ -154,7 +156,7 @@ class Sweep:
     def _arguments(self, mine: Job) -> list[str]:
         each = [f"{key}={value}" for key, value in mine.overrides.items()]
         if (mine.folder / "config.yaml").exists():  # begun, and not finished
-            each = [override for override in each if is_one_of(override.split("=")[0], MAY_CHANGE)]
+            each = [override for override in each if is_under(override.split("=")[0], MAY_CHANGE)]
             # The same command has chosen the classes, and named them when the job began.
             named = [value for key, value in mine.config.items() if key.endswith("_target_")]
             named += targets([value for value in mine.config.values() if isinstance(value, list)])
@@ -231,7 +233,7 @@ class SweepCommand:
         self.task.jobs = plan(jobs, folder)
         shown = runs.display_path(folder.absolute())
         self.again = f"; the sweep is in {shown}; the same command with {shlex.quote(f'hydra.sweep.dir={folder}')} runs what is missing"
-        for_each = [override for override in hydras if not OF_THE_SWEEP.match(override)] + ["hydra.mode=RUN"]
+        for_each = [override for override in hydras if not SWEEP_OVERRIDES.match(override)] + ["hydra.mode=RUN"]
         for_each += [f"--config-name={self.flags.config_name}"] if self.flags.config_name else []
         for_each += [f"--config-dir={self.flags.config_dir}"] if self.flags.config_dir else []
         self.task.for_each, self.task.output_subdir = for_each, config.hydra.output_subdir

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist_lit import UserError
 from mnist_lit.cli.config import CONF, ConfigFiles, as_overrides, checked_values, flatten, key_of, plain_values
-from mnist_lit.cli.keys import OF_ONE_CLASS, is_one_of
+from mnist_lit.cli.keys import SINGLE_GROUPS, is_under
 from mnist_lit.reports.results import only_showing
 from mnist_lit.storage import runs
 from mnist_lit.storage.atomic import atomic_write
@@ -74,7 +74,7 @@ def experiment(
     typed = [key_of(override) for override in overrides]
     head = f"The best of the study {study}: {monitor} {trial.value:.4f} in trial {trial.number}."
     texts, chosen = {}, {}
-    for group in OF_ONE_CLASS:
+    for group in SINGLE_GROUPS:
         if (name := choices[group]) in (None, "none"):
             continue
         changed = f"{group}._target_" in typed or any(each.startswith(f"~{group}.") for each in overrides)
@@ -86,7 +86,7 @@ def experiment(
     defaults = flatten(plain_values(ConfigFiles("train").compose(ours)))
     changes = OmegaConf.create({"defaults": [{f"override /{group}": name} for group, name in chosen.items()]})
     for key, value in flatten(values).items():
-        if (key not in defaults or defaults[key] != value) and not is_one_of(key, NOT_SHOWN):
+        if (key not in defaults or defaults[key] != value) and not is_under(key, NOT_SHOWN):
             OmegaConf.update(changes, key, value, force_add=True)
     return {**texts, f"experiment/{BEST}.yaml": f"# @package _global_\n# {head}\n{OmegaConf.to_yaml(changes)}"}
 

@@ -34,7 +34,7 @@ class SeedEachBatch(L.Callback):
 
 
 class FirstEpochOfProcess(L.Callback):
-    """Makes up for what Lightning does otherwise than in later epochs; behind all other callbacks.
+    """Makes up for what Lightning does otherwise than in later epochs; after all other callbacks.
 
     The iterators of the training loaders are made before any hook, and if the run was stopped within that epoch, there is
     no ``on_train_epoch_start``.

@@ -25,7 +25,7 @@ from mnist_lit.training.progress import epoch_name
 
 log = logging.getLogger(__name__)
 
-OF_A_RUN = ("pytorch-lightning_version", "loops", "callbacks", "optimizer_states", "recorded", "machine")
+REQUIRED_KEYS = ("pytorch-lightning_version", "loops", "callbacks", "optimizer_states", "recorded", "machine")
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -52,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: ``read_checkpoint`` refuses it, or it is not that of a run.
         """
         checkpoint = read_checkpoint(Path(path))
-        if missing := [key for key in OF_A_RUN if not checkpoint.get(key)]:
+        if missing := [key for key in REQUIRED_KEYS if not checkpoint.get(key)]:
             raise UserError(f"{path} is not the checkpoint of a run: it has no {', '.join(missing)}")
         return checkpoint
 

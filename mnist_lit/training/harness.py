@@ -71,7 +71,7 @@ def build_trainer(
     """
     if str(arguments.get("strategy")).startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
         raise UserError(
-            f"trainer.strategy={arguments['strategy']}: its processes cannot hand back what this project records; use "
+            f"trainer.strategy={arguments['strategy']}: spawned processes cannot return what this project records; use "
             "ddp, from a command line"
         )
     tidy_messages()
@@ -112,7 +112,7 @@ def build_trainer(
         ) from error
     cores = os.cpu_count() or 1
     if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
-        log.warning("%d processes share %d CPU cores: more of them make it slower", trainer.num_devices, cores)
+        log.warning("%d processes share %d CPU cores: expect it to be slower", trainer.num_devices, cores)
     return trainer
 
 
@@ -130,7 +130,7 @@ def build_metrics(config: dict[str, Any] | None) -> dict[str, Metric]:
     built: dict[str, Metric] = {}
     for name, options in _entries("metrics", config):
         if name in ("loss", "acc"):
-            raise UserError(f"metrics.{name}: {name} is measured anyway; choose another name")
+            raise UserError(f"metrics.{name}: {name} is a reserved name; choose another")
         built[name] = instantiate(f"metrics.{name}", options, Metric)  # type: ignore[type-abstract]
         within = [each for each in built[name].modules() if isinstance(each, Metric)]
         if any(isinstance(state, list) for each in within for state in each.metric_state.values()):
@@ -175,7 +175,7 @@ def prepare_data(
             something monitors validation and there is no validation split.
     """
     if arguments.get("limit_test_batches") == 0:
-        raise UserError("trainer.limit_test_batches=0: every run ends with a test, for which one batch is enough")
+        raise UserError("trainer.limit_test_batches=0: every run ends with a test, which needs at least one batch")
     if not isinstance(data, MNISTDataModule):
         if "test" in stages and not is_overridden("test_dataloader", data, L.LightningDataModule):
             raise UserError(f"data: {type(data).__name__} has no test_dataloader, and every run ends with a test")
@@ -234,7 +234,9 @@ def _errors_as_user_errors(trainer: L.Trainer) -> Iterator[None]:
         yield
     except Exception as error:
         if several := re.search(r"multiple `(\w+)_dataloader`", str(error)):
-            raise UserError(f"data: several loaders for {several[1]}; a run has one for each of its parts") from error
+            raise UserError(
+                f"data: several loaders for {several[1]}; only one loader for each part is supported"
+            ) from error
         # Early stopping's, at the end of the first epoch, and that of the length of an epoch, have no type of their own.
         said = ("conditioned on metric", "`val_check_interval`")
         lacks_package = isinstance(error, ModuleNotFoundError) and _raised_by_lightning(error)
