@@ -1,1 +1,1 @@
-"""Operators faster than PyTorch's own, each with a plain-PyTorch reference."""
+"""Operators faster than PyTorch's own, and memory that is kept for the next step."""

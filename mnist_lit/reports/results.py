@@ -88,7 +88,8 @@ def only_showing(what: str, folder: Path, results: str = "metrics.json") -> Iter
     try:
         yield
     except Exception as error:
-        reason = one_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+        reason = one_line(error, 1000)  # of a UserError every word counts
+        reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
         where = runs.display_path(folder.absolute() / results)
         raise UserError(f"{what} cannot be written ({reason}); the results are in {where}") from error
 

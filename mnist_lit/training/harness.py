@@ -43,7 +43,6 @@ NEEDED = {
     "AimLogger": "aim",
     "CometLogger": "comet_ml",
     "MLFlowLogger": "mlflow",
-    "NeptuneLogger": "neptune",
     "RichProgressBar": "rich",
     "TensorBoardLogger": "tensorboard",
     "WandbLogger": "wandb",
