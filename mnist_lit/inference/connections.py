@@ -39,6 +39,7 @@ def run(app: ASGIApp, listener: socket.socket, ready: Callable[[], None]) -> Non
         log_level="error",  # a client's mistakes are warnings, and would fill the terminal
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=int(GRACE_SECONDS) + 1,
     )
     _Server(config, ready).run([listener])

@@ -155,16 +155,20 @@ def _has_mnists_form(grey: np.ndarray) -> bool:
 
 def _find(ink: np.ndarray) -> Shape | None:
     """The digit's strokes among what is inked: large, near the middle, and not a frame or something at the edge."""
-    parts, count = ndimage.label(_without_lines(ink > STROKE, ink > FAINT), EIGHT_CONNECTED)
-    if not count:
+    strokes = _without_lines(ink > STROKE, ink > FAINT)
+    rows, columns = (np.flatnonzero(strokes.any(axis)) for axis in (1, 0))
+    if not len(rows):
         return None
-    boxes = ndimage.find_objects(parts)
+    box, parts = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)), np.zeros(ink.shape, np.int32)
+    count = ndimage.label(strokes[box], EIGHT_CONNECTED, parts[box])
     if count == 1:
-        main, own, alike, free, aside = 0, *np.ones((3, 1), bool), False
+        boxes, mask = [box], strokes
+        main, alike, free, aside = 0, *np.ones((2, 1), bool), False
     else:
+        boxes = ndimage.find_objects(parts)
         main, own, alike, free, aside = _chosen(parts, boxes)
-    mask = np.append(False, own)[parts]
-    others = (parts > 0) & ~mask
+        mask = np.append(False, own)[parts]
+    others = strokes & ~mask
     longer = max(side.stop - side.start for side in boxes[main])
     more = np.count_nonzero(others) > np.count_nonzero(mask)
     return Shape(
@@ -337,7 +341,8 @@ def _thickened(ink: np.ndarray) -> np.ndarray:
     """Dilate strokes that would be too thin in the 20x20 box."""
     box_pixel = max(ink.shape) / BOX
     inside = np.pad(ink > 0.5, 1)
-    edge = inside & ~ndimage.binary_erosion(inside)
+    beside = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]  # all four neighbours
+    edge = inside[1:-1, 1:-1] & ~beside
     thickness = 2 * inside.sum() / max(edge.sum(), 1)
     missing = round((MIN_STROKE * box_pixel - thickness) / 2)
     return ndimage.grey_dilation(np.pad(ink, missing), size=2 * missing + 1) if missing > 0 else ink

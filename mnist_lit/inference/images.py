@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, ImageStat, UnidentifiedImageError
 
 from mnist_lit.inference.digit import to_mnist
 from mnist_lit.inference.ink import SIDE, ImageError
@@ -153,7 +153,13 @@ def _grey(image: Image.Image) -> Image.Image:
         return Image.fromarray(scaled(np.asarray(image), (65535.0,) if image.mode.startswith("I;16") else MAX_VALUES))
     if image.mode in ("1", "L") and not image.has_transparency_data:
         return image.convert("L")
-    return _clearest_channel(_on_paper(image.convert("RGBA")) if image.has_transparency_data else image.convert("RGB"))
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    red = image.getchannel("R")
+    is_grey = not any(ImageChops.difference(red, image.getchannel(other)).getbbox() for other in "GB")
+    colours = red if is_grey else image.convert("RGB")
+    if image.mode == "RGBA":
+        colours = _on_paper(colours, image.getchannel("A"))
+    return colours if is_grey else _clearest_channel(colours)
 
 
 def scaled(values: np.ndarray, max_values: tuple[float, ...] = MAX_VALUES) -> np.ndarray:
@@ -173,11 +179,10 @@ def scaled(values: np.ndarray, max_values: tuple[float, ...] = MAX_VALUES) -> np
     return (finite - low) * np.float32(min(255 / ((top - low) or 1), 1e38))
 
 
-def _on_paper(image: Image.Image) -> Image.Image:
-    """An RGBA image composited on paper: black if the ink is light, otherwise white."""
-    alpha = image.getchannel("A")
+def _on_paper(image: Image.Image, alpha: Image.Image) -> Image.Image:
+    """An image composited on paper: black if the ink is light, otherwise white."""
     ink = ImageStat.Stat(image.convert("L"), alpha)
-    paper = Image.new("RGB", image.size, "black" if ink.sum[0] > 127.5 * ink.count[0] else "white")
+    paper = Image.new(image.mode, image.size, "black" if ink.sum[0] > 127.5 * ink.count[0] else "white")
     paper.paste(image, mask=alpha)
     return paper
 

@@ -114,7 +114,7 @@ class _Predictor:
             if explain:
                 _admit(request, self.large, MAX_LARGE, "explanations or large images")
             body = await self._body(request)
-            work = partial(self._predict, body, request.headers.get("Content-Type", ""), refuse, explain)
+            work = partial(self._predict, body, request.headers.get("Content-Type", ""), refuse, explain, wants_pixels)
             while True:
                 large = request in self.large
                 limiter = self.thread_of_large if large else self.threads
@@ -126,8 +126,6 @@ class _Predictor:
         finally:
             self.in_progress.discard(request)
             self.large.discard(request)
-        if not wants_pixels:
-            del result["pixels"]
         return JSONResponse(result)
 
     async def _body(self, request: Request) -> bytes:
@@ -156,7 +154,13 @@ class _Predictor:
             _admit(request, self.large, MAX_LARGE, "predictions of large images")
 
     def _predict(
-        self, body: bytes, content_type: str = "", refuse: bool = True, explain: bool = False, large: bool = False
+        self,
+        body: bytes,
+        content_type: str = "",
+        refuse: bool = True,
+        explain: bool = False,
+        pixels: bool = False,
+        large: bool = False,
     ) -> dict[str, Any]:
         """What is to be responded; empty if the body has a large image and ``large`` is False."""
         kind, options = parse_options_header(content_type)
@@ -177,7 +181,7 @@ class _Predictor:
             "digit": digit,
             **({"name": self.names[digit]} if self.names else {}),
             "probabilities": probabilities.tolist(),
-            "pixels": image.round(3).reshape(-1).tolist(),
+            **({"pixels": image.round(3).reshape(-1).tolist()} if pixels else {}),
             **({"explanation": explanation(self.model, inputs[0])} if explain else {}),
         }
 
