@@ -65,6 +65,9 @@ class Interrupted(BaseException):
         super().__init__(message)
         self.signal = signal
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.signal, str(self)), self.__dict__
+
 
 def require_packages(what: str, *packages: str) -> None:
     """

@@ -103,6 +103,16 @@ def launched_processes(trainer: "L.Trainer") -> list[Any]:
     return getattr(trainer.strategy.launcher, "procs", [])
 
 
+def leave_notebook() -> None:
+    """Let Lightning take this process, which a notebook's has forked, for one of a script.
+
+    It looks whether a process is interactive once, when it is imported, and would refuse ``strategy="ddp"`` here.
+    """
+    from lightning.pytorch.trainer.connectors import accelerator_connector
+
+    accelerator_connector._IS_INTERACTIVE = False
+
+
 def as_within_epoch(fit_loop: dict[str, Any]) -> None:
     """Turn the loops of a checkpoint from the end of an epoch that was cut short into those of one from within it.
 

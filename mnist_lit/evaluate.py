@@ -9,6 +9,7 @@ from typing import Any
 
 from mnist_lit.cli import latest
 from mnist_lit.cli.data_of_run import metrics_of_run, with_data_of_run
+from mnist_lit.cli.forked import in_each_process
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.reports.results import evaluation_table, limited_by, only_showing
 from mnist_lit.storage import runs
@@ -17,6 +18,7 @@ from mnist_lit.storage.provenance import facts_of
 log = logging.getLogger("mnist_lit.evaluate")
 
 
+@in_each_process
 def evaluate(
     folder: str | Path,
     ckpt: str | Path,

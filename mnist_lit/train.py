@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from mnist_lit.cli.forked import in_each_process
 from mnist_lit.cli.launch import launch, loading
 from mnist_lit.reports.results import (
     limited_by,
@@ -20,6 +21,7 @@ from mnist_lit.storage.provenance import facts_of
 log = logging.getLogger("mnist_lit.train")
 
 
+@in_each_process
 def train(
     folder: str | Path,
     seed: int,

@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import ROOT
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from packaging.requirements import Requirement
 from torch import nn
 from torchmetrics import MeanMetric
@@ -152,6 +153,17 @@ class Restoring(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"state": 1}
+
+
+def test_leave_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.trainer.connectors import accelerator_connector
+
+    require(accelerator_connector, "_IS_INTERACTIVE")
+    monkeypatch.setattr(accelerator_connector, "_IS_INTERACTIVE", True)
+    with pytest.raises(MisconfigurationException, match="interactive"):
+        trainer_for(strategy="ddp", devices=2)
+    compat.leave_notebook()
+    trainer_for(strategy="ddp", devices=2)
 
 
 def test_what_a_run_that_is_resumed_within_an_epoch_needs() -> None:

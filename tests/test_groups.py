@@ -407,10 +407,6 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         (["callbacks=ema", "callbacks.ema.decay=much"], r"callbacks\.ema\.decay=much"),
         (["+callbacks._target_=my.Callback"], r"callbacks: an entry has a name, .*mine: \{_target_: my.Callback"),
         (["+logger._target_=my.Logger"], r"logger: an entry has a name, .*mine: \{_target_: my.Logger"),
-        (
-            ["trainer.strategy=ddp_spawn"],
-            "strategy=ddp_spawn: spawned processes cannot return what this project records",
-        ),
         (["metrics=f1", "metrics.f1.average=most"], r"metrics\.f1.*average"),
         (["metrics=auroc", "metrics.auroc.thresholds=null"], r"metrics\.auroc: it would keep every prediction"),
         (["+metrics.acc={_target_: torchmetrics.MeanMetric}"], r"metrics\.acc: acc is a reserved name"),
