@@ -34,7 +34,7 @@ PRINTED = {
         "output (1, 250), 1,024,250 parameters",
         "output (1, 10), 2,510 parameters",
         "in total 1,045,576 parameters",
-        "layer by layer or at once, the same: True",
+        "layer by layer or at once, the same up to rounding: True",
     ],
     "save-and-load": ["the same predictions: True"],
 }
