@@ -3,6 +3,9 @@
 Each function says why no public way will do and with which versions it was seen to work; ``tests/test_compat.py`` has
 a test for each, which fails by name when an upgrade breaks it. The upper bounds in ``pyproject.toml`` keep untested
 versions out. Libraries are imported inside the functions, so importing this module loads none of them.
+
+Two classes that extend a library's where it does not document it are where they belong, and tested there: uvicorn's
+``H11Protocol`` in ``inference/connections.py``, and Optuna's ``RDBStorage`` in ``sweeps/database.py``.
 """
 
 import atexit

@@ -277,6 +277,16 @@ def test_the_locked_versions_are_within_the_bounds_of_pyproject(lock: str) -> No
         assert versions or line not in project["dependencies"], f"{lock} lacks {asked.name}"
 
 
+def test_what_classes_elsewhere_extend() -> None:
+    from optuna.storages import RDBStorage
+    from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+    require(H11Protocol, "handle_events", "on_response_complete", "send_400_response", "shutdown", "connection_made")
+    assert {"conn", "cycle", "flow", "transport"} <= set(H11Protocol.__init__.__code__.co_names)
+    assert {"disconnected", "response_complete", "more_body"} <= set(RequestResponseCycle.__init__.__code__.co_names)
+    require(RDBStorage, "_get_stale_trial_ids", "record_heartbeat")
+
+
 def test_importing_it_loads_no_library() -> None:
     libraries = ("torch", "lightning", "torchmetrics", "optuna", "hydra")
     code = f"import sys, mnist_lit.compat; print([name for name in {libraries} if name in sys.modules])"

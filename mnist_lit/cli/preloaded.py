@@ -16,12 +16,10 @@ import sys
 
 import filelock
 import hydra
-import hydra._internal.logging_config
 import jinja2
 import lightning.pytorch.loggers
 import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg
-import omegaconf._impl
 import PIL.Image
 import pydantic
 import torch._dynamo
