@@ -13,13 +13,12 @@ import logging
 import os
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import anyio
 import numpy as np
 import torch
-from anyio.to_thread import run_sync
 from PIL import Image
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import File, FormParser, parse_options_header
@@ -89,8 +88,8 @@ class _Predictor:
         self.model, self.names = model, model.names
         self.detector = load_detector() if model.reads_digits else None
         self.in_progress, self.large = set[Request](), set[Request]()
-        self.threads = anyio.CapacityLimiter(os.cpu_count() or 1)
-        self.thread_of_large = anyio.CapacityLimiter(1)
+        self.threads = ThreadPoolExecutor(os.cpu_count() or 1)
+        self.thread_of_large = ThreadPoolExecutor(1)
         for format in ("PNG", "JPEG"):  # warm up: the first predictions are slower
             file = io.BytesIO()
             Image.fromarray(np.eye(2 * SIDE, dtype=np.uint8) * 255).save(file, format)
@@ -117,8 +116,8 @@ class _Predictor:
             work = partial(self._predict, body, request.headers.get("Content-Type", ""), refuse, explain, wants_pixels)
             while True:
                 large = request in self.large
-                limiter = self.thread_of_large if large else self.threads
-                if result := await run_sync(work, large, limiter=limiter):
+                threads = self.thread_of_large if large else self.threads
+                if result := await asyncio.get_running_loop().run_in_executor(threads, work, large):
                     break
                 _admit(request, self.large, MAX_LARGE, "predictions of large images")
         except ClientDisconnect:
