@@ -58,7 +58,9 @@ def find(wanted: str, outputs: Path | None = None) -> Run:
     config = read_config(folder / "config.yaml")
     # It is from within a validation, where Lightning cannot go on exactly.
     if path.is_file() and path.name == Path(runs.BEST).name:
-        raise UserError(f"best.ckpt cannot be resumed (it is the model for testing); resume its run: resume={folder}")
+        raise UserError(
+            f"resume={wanted}: best.ckpt cannot be resumed, only tested; resume the run itself: resume={folder}"
+        )
     written = (place for name in (runs.LAST, runs.PREVIOUS) if (place := folder / name).exists())
     start = path if path.is_file() else next(written, folder)
     if start != folder and (reason := corruption(start)):
