@@ -65,7 +65,7 @@ class Interrupted(BaseException):
         super().__init__(message)
         self.signal = signal
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # to be pickled: BaseException would call it with the message alone
         return type(self), (self.signal, str(self)), self.__dict__
 
 

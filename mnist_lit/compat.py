@@ -4,8 +4,8 @@ Each function says why no public way will do and with which versions it was seen
 a test for each, which fails by name when an upgrade breaks it. The upper bounds in ``pyproject.toml`` keep untested
 versions out. Libraries are imported inside the functions, so importing this module loads none of them.
 
-Two classes that extend a library's where it does not document it are where they belong, and tested there: uvicorn's
-``H11Protocol`` in ``inference/connections.py``, and Optuna's ``RDBStorage`` in ``sweeps/database.py``.
+Two classes override undocumented methods of a library's class and stay in their own modules: uvicorn's ``H11Protocol`` in
+``inference/connections.py``, and Optuna's ``RDBStorage`` in ``sweeps/database.py``. The tests check these, too.
 """
 
 import atexit
@@ -107,9 +107,9 @@ def launched_processes(trainer: "L.Trainer") -> list[Any]:
 
 
 def leave_notebook() -> None:
-    """Let Lightning take this process, which a notebook's has forked, for one of a script.
+    """Make Lightning treat this process, forked from a notebook's, as a script's.
 
-    It looks whether a process is interactive once, when it is imported, and would refuse ``strategy="ddp"`` here.
+    Lightning checks only once, when it is imported, whether the session is interactive, and would refuse ``strategy="ddp"`` here.
     """
     from lightning.pytorch.trainer.connectors import accelerator_connector
 

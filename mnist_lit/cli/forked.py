@@ -131,7 +131,7 @@ def _lost(process: Any, rank: int, asked_to_stop: list[int]) -> BaseException:
 
 
 def _end(process: Any, rank: int, outcomes: dict[int, Any]) -> None:
-    """End a process, and those that it has started; what waits for one that has failed would wait for ever."""
+    """End a process, and those that it has started; one that waits for a process that has failed would wait for ever."""
     if rank in outcomes:
         process.join(ENDING)
     with suppress(OSError):  # it has ended
@@ -176,7 +176,9 @@ def _work(
         result = function(*args, **kwargs)
         outcome: Any = None if rank else result
     except BaseException as error:  # noqa: BLE001
-        outcome, cause = _as_it_travels(error), traceback.format_exc()
+        outcome = _as_it_travels(error)
+        if error.__cause__ or not isinstance(error, UserError):  # otherwise its sentence says it all
+            cause = traceback.format_exc()
     if log is not None:  # spawned: what atexit has to do is this process's own
         compat.shut_down_like_interpreter()
     sys.stdout.flush()

@@ -159,7 +159,8 @@ def _find(ink: np.ndarray) -> Shape | None:
     rows, columns = (np.flatnonzero(strokes.any(axis)) for axis in (1, 0))
     if not len(rows):
         return None
-    box, parts = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)), np.zeros(ink.shape, np.int32)
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    parts = np.zeros(ink.shape, np.int32)
     count = ndimage.label(strokes[box], EIGHT_CONNECTED, parts[box])
     if count == 1:
         boxes, mask = [box], strokes

@@ -71,14 +71,17 @@ def build_trainer(
     tidy_messages()
     shows_bar = arguments.get("enable_progress_bar", True) and sys.stdout.isatty()
     no_validation = {"limit_val_batches": 0, "val_check_interval": None, "check_val_every_n_epoch": 1}
-    strategy = arguments.get("strategy")
     added = {
         key: hydra.utils.instantiate(arguments.get(key) or [], _convert_="all") for key in ("callbacks", "plugins")
     }
     changed = {
         **{key: value for key, value in arguments.items() if key not in added},
         # Forked or spawned, this is one of the processes: Lightning need not start any.
-        **({"strategy": re.sub("^ddp_(fork|notebook|spawn)", "ddp", strategy)} if isinstance(strategy, str) else {}),
+        **(
+            {"strategy": re.sub("^ddp_(fork|notebook|spawn)", "ddp", strategy)}
+            if isinstance(strategy := arguments.get("strategy"), str)
+            else {}
+        ),
         **({} if getattr(datamodule, "val_size", True) else no_validation),
         "enable_progress_bar": shows_bar,
         "enable_model_summary": False,  # ``log_header`` has it
