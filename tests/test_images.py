@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from mnist_lit.inference import web
 from mnist_lit.inference.detector import load_detector
-from mnist_lit.inference.digit import to_mnist
+from mnist_lit.inference.digit import each_to_mnist, to_mnist
 from mnist_lit.inference.images import MAX_PIXELS, prepare, read_grey
 from mnist_lit.inference.ink import ImageError
 from mnist_lit.inference.trained import load
@@ -125,24 +125,47 @@ def test_thin_strokes_are_thickened_to_those_of_mnist(good_run: Path, digits, mo
     assert accuracy(good_run, [prepare(saved(file), refuse=False) for file in files], labels) < thick
 
 
-def as_file(picture: Pixels) -> io.BytesIO:
-    return saved(picture if picture.dtype == np.uint16 else picture.clip(0, 255).round().astype(np.uint8))
+def as_file(picture: Pixels, format: str = "PNG") -> io.BytesIO:
+    return saved(picture if picture.dtype == np.uint16 else picture.clip(0, 255).round().astype(np.uint8), format)
 
 
+def enlarged(picture: Pixels, side: int = 900) -> Pixels:
+    """With smooth edges, as a scanner or a phone would have them."""
+    image = Image.fromarray(picture.astype(np.float32))
+    factor = side / max(image.size)
+    size = round(image.width * factor), round(image.height * factor)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC)).clip(0, picture.max()).astype(picture.dtype)
+
+
+@pytest.mark.parametrize("change", [np.asarray, enlarged])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_as_people_have_them_are_read(kind: str, good_run: Path, clear) -> None:
+def test_pictures_as_people_have_them_are_read(
+    kind: str, change: Callable[[Pixels], Pixels], good_run: Path, clear
+) -> None:
     images, labels = clear[0][:150], clear[1][:150]
     random = np.random.default_rng(7)
     prepared = []
     for image in images:
         try:
-            prepared.append(prepare(as_file(KINDS[kind](image, random))))
+            prepared.append(prepare(as_file(change(KINDS[kind](image, random)), "TIFF")))  # writes faster than PNG
         except ImageError:
             prepared.append(np.zeros((28, 28), np.uint8))
     assert accuracy(good_run, prepared, labels) > FLOORS.get(kind, 0.97)
 
 
 FLOORS = {"shadow": 0.95}
+
+
+def test_a_wide_picture_keeps_the_height_of_its_digits(good_run: Path, clear) -> None:
+    random, right = np.random.default_rng(7), 0
+    for _ in range(30):
+        row = random.integers(0, len(clear[0]), 16)
+        line = np.pad(np.concatenate(clear[0][row], axis=1), 8)
+        grey = read_grey(as_file(255 - enlarged(line, 4000)))
+        with contextlib.suppress(ImageError):
+            digits = each_to_mnist(grey)
+            right += len(digits) == 16 and accuracy(good_run, digits, clear[1][row]) == 1
+    assert right >= 27
 
 
 def test_what_shows_no_digit_is_refused_or_unsure(good_run: Path) -> None:

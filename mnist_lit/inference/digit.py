@@ -4,6 +4,7 @@ A digit consists of strokes. What does not, such as a shadow or the table that a
 the paper was wrong, and another one is tried.
 """
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from mnist_lit.inference.ink import (
+    BLURRED,
     MIN_CONTRAST,
     SIDE,
     ImageError,
@@ -19,9 +21,11 @@ from mnist_lit.inference.ink import (
     ink_beside,
     ink_on_paper,
     ink_on_sheet,
+    is_drawing,
 )
 
 BOX = 20  # pixels: the side of the box in an MNIST image that the digit is fitted into
+LARGE = 3 * BOX  # pixels of a digit's longer side are enough for it
 MIN_STROKE = 1.6  # thinner strokes are thickened to this many pixels of the box; MNIST's have 2 to 3
 NARROW = 0.22  # of the longer side of a digit's box: what is wider may be no stroke
 STROKE = 0.45  # of full ink belongs to a stroke
@@ -71,9 +75,21 @@ def each_to_mnist(grey: np.ndarray) -> list[np.ndarray]:
 def _found(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
     """How much ink each pixel has, float32 [h, w] with 1 for full ink, and where the digit's strokes are in it.
 
+    A large digit in a drawing is found at half the image's size, which takes a quarter of the time.
+
     Raises:
         ImageError: No ink stands out from the paper.
     """
+    if max(grey.shape) >= 2 * LARGE and is_drawing(grey[::2, ::2]):
+        with suppress(ImageError):
+            ink, shape = _found_at_this_size(np.asarray(Image.fromarray(grey).reduce(2)))
+            longer = max(np.ptp(np.flatnonzero(shape.mask.any(axis))) for axis in (0, 1))
+            if longer >= LARGE and shape.is_of_strokes:
+                return ink, shape
+    return _found_at_this_size(grey)
+
+
+def _found_at_this_size(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
     usual: tuple[np.ndarray, Shape] | None = None
     for estimate in (ink_on_sheet, ink_on_paper, ink_beside):
         try:
@@ -86,9 +102,12 @@ def _found(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
             return _darkest(ink, shape)
         if estimate is ink_on_paper:
             usual = ink, shape
-    if not usual:
+    if usual:
+        return usual
+    ink = ink_on_paper(grey, BLURRED)  # a close picture with so little paper that no surface could be fitted to it
+    if not (shape := _find(ink)):
         raise ImageError("is blank")
-    return usual
+    return ink, shape
 
 
 def _darkest(ink: np.ndarray, shape: "Shape") -> tuple[np.ndarray, "Shape"]:

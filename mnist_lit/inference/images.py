@@ -29,7 +29,7 @@ MAX_BYTES = 2**26  # of a file: 20 million uncompressed pixels in colour
 MAX_SCANS = 50  # of a progressive JPEG with as many pixels as allowed; cameras and editors write ten
 
 MAX_VALUES = (1.0, 255.0, 65535.0)  # of floats, bytes and 16-bit numbers
-WORKING_SIDE = 256  # larger images are first reduced by an integer factor to about this size
+WORKING_SIDE = 256  # larger images are first reduced by an integer factor to about the square of this many pixels
 
 
 def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist", refuse: bool = True) -> np.ndarray:
@@ -96,7 +96,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def reduced_grey(image: Image.Image) -> np.ndarray:
     """The second half of ``read_grey``, for a decoded image."""
     grey = _grey(image)
-    factor = max(grey.size) // WORKING_SIDE
+    factor = int((grey.width * grey.height) ** 0.5) // WORKING_SIDE
     return np.asarray(grey.reduce(factor) if factor > 1 else grey, dtype=np.float32)
 
 

@@ -1,10 +1,13 @@
 """How much ink each pixel of an image has: it differs from the paper, whatever that is and however it is lit."""
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 SIDE = 28  # pixels: of an MNIST image
 MIN_CONTRAST = 12.0  # how far ink must differ from the paper, in grey values of 0..255
+TWO_GREYS = 0.93  # of the variance are two greys with little between them: a drawing, or a coarse or close picture
+BLURRED = 0.82  # the same with wide edges; a wave of light and dark has 0.81
 MIN_LOG_CONTRAST = 0.05  # and in the logarithm of the grey value
 
 
@@ -21,7 +24,7 @@ def ink_on_sheet(grey: np.ndarray) -> np.ndarray | None:
     Raises:
         ImageError: No ink stands out from the sheet.
     """
-    if np.count_nonzero(edge := border(grey) > (grey.min() + grey.max()) / 2) > 0.4 * len(edge):
+    if _edge_is_light(grey):
         return None
     low, high = np.percentile(grey[::3, ::3], [2, 98])
     light = grey > (low + high) / 2
@@ -47,8 +50,11 @@ def ink_on_sheet(grey: np.ndarray) -> np.ndarray | None:
     return ink_on_paper(np.where(inner, grey, level)[box].astype(np.float32))
 
 
-def ink_on_paper(grey: np.ndarray) -> np.ndarray:
+def ink_on_paper(grey: np.ndarray, two_greys: float = TWO_GREYS) -> np.ndarray:
     """Ink on paper that fills the image and may be unevenly lit.
+
+    Args:
+        two_greys: The paper is evenly lit if two greys explain more than this fraction of the image's variance.
 
     Returns:
         float32 [H, W]: exactly 0 on the paper, about 1 for most of the ink, and more for what is darker still.
@@ -56,7 +62,7 @@ def ink_on_paper(grey: np.ndarray) -> np.ndarray:
     Raises:
         ImageError: None stands out.
     """
-    paper, noise = _paper(grey)
+    paper, noise = _paper(grey, two_greys)
     difference = grey - paper
     if float((difference * difference * difference).sum()) < 0:  # the largest differences are negative: dark ink
         difference = -difference
@@ -128,7 +134,7 @@ def border(grey: np.ndarray) -> np.ndarray:
     return np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
 
 
-def _paper(grey: np.ndarray) -> tuple[np.ndarray, float]:
+def _paper(grey: np.ndarray, two_greys: float) -> tuple[np.ndarray, float]:
     """The grey value of the paper, broadcastable to [H, W], and its standard deviation.
 
     If the image has essentially two greys, as drawings and close crops do, the paper is the one closer to the corners.
@@ -136,8 +142,8 @@ def _paper(grey: np.ndarray) -> tuple[np.ndarray, float]:
     """
     corners = np.median(grey[:: len(grey) - 1 or 1, :: len(grey[0]) - 1 or 1])
     dark, light, explained = _two_greys(grey)
-    if explained > 0.93 or min(grey.shape) < SIDE:
-        return np.full((1, 1), dark if corners < (dark + light) / 2 else light), 0.0
+    if explained > two_greys or min(grey.shape) < SIDE:
+        return np.full((1, 1), dark if corners < (dark + light) / 2 else light, np.float32), 0.0
     y, x = (np.arange(side, dtype=np.float32) / max(grey.shape) for side in grey.shape)
     step = max(1, min(grey.shape) // 24)
     values, sy, sx = grey[::step, ::step], y[::step], x[::step]
@@ -155,9 +161,19 @@ def _paper(grey: np.ndarray) -> tuple[np.ndarray, float]:
     return surface, 1.4826 * float(np.median(distance[near]))
 
 
+def is_drawing(grey: np.ndarray) -> bool:
+    """Whether the image has essentially two greys, the lighter of them at its edge."""
+    return _edge_is_light(grey) and _two_greys(grey)[2] > TWO_GREYS
+
+
+def _edge_is_light(grey: np.ndarray) -> bool:
+    edge = border(grey)
+    return bool(np.count_nonzero(edge > (grey.min() + grey.max()) / 2) > 0.4 * len(edge))
+
+
 def _two_greys(grey: np.ndarray) -> tuple[float, float, float]:
     """Otsu's method: the mean greys of the two classes, and the fraction of the variance that they explain; 0 for one grey."""
-    counts = np.bincount(grey.astype(np.uint8).reshape(-1), minlength=256).astype(np.float64)
+    counts = np.array(Image.fromarray(grey.astype(np.uint8)).histogram(), np.float64)
     below, sums = counts.cumsum(), (counts * np.arange(256)).cumsum()
     above = below[-1] - below
     split = (below > 0) & (above > 0)
