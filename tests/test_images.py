@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from mnist_lit.inference import web
 from mnist_lit.inference.detector import load_detector
-from mnist_lit.inference.digit import each_to_mnist, to_mnist
+from mnist_lit.inference.digit import _found, each_to_mnist, to_mnist
 from mnist_lit.inference.images import MAX_PIXELS, prepare, read_grey
 from mnist_lit.inference.ink import ImageError
 from mnist_lit.inference.trained import load
@@ -166,6 +166,16 @@ def test_a_wide_picture_keeps_the_height_of_its_digits(good_run: Path, clear) ->
             digits = each_to_mnist(grey)
             right += len(digits) == 16 and accuracy(good_run, digits, clear[1][row]) == 1
     assert right >= 27
+
+
+def test_a_large_digit_in_a_drawing_is_found_at_half_the_size(digits) -> None:
+    def drawing(side: int) -> Pixels:
+        return 255 - np.pad(scaled(digits[0][0], side) > 127, (280 - side) // 2) * np.float32(255)
+
+    assert _found(drawing(240))[0].shape == (140, 140)
+    assert _found(drawing(100))[0].shape == (280, 280)
+    noise = np.random.default_rng(0).normal(0, 60, (280, 280)).astype(np.float32)
+    assert _found((drawing(240) + noise).clip(0, 255))[0].shape == (280, 280)
 
 
 def test_what_shows_no_digit_is_refused_or_unsure(good_run: Path) -> None:
@@ -346,7 +356,7 @@ def test_31_small_files_that_would_take_minutes_or_gigabytes_are_refused(tmp_pat
 
 
 def test_31_images_of_odd_shapes_are_read() -> None:
-    for shape in ((1, 2), (2, 2), (3, 200), (200, 3), (7, 7), (1000, 9)):
+    for shape in ((1, 2), (2, 2), (3, 200), (200, 3), (7, 7), (1000, 9), (1, 200_000), (200_000, 1)):
         image = np.full(shape, 255, np.uint8)
         image[: max(1, shape[0] // 2), : max(1, shape[1] // 2)] = 0
         assert prepare(saved(image)).max() == 255

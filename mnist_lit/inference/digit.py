@@ -25,7 +25,7 @@ from mnist_lit.inference.ink import (
 )
 
 BOX = 20  # pixels: the side of the box in an MNIST image that the digit is fitted into
-LARGE = 3 * BOX  # pixels of a digit's longer side are enough for it
+LARGE = 3 * BOX  # a digit whose longer side has this many pixels loses nothing in that box
 MIN_STROKE = 1.6  # thinner strokes are thickened to this many pixels of the box; MNIST's have 2 to 3
 NARROW = 0.22  # of the longer side of a digit's box: what is wider may be no stroke
 STROKE = 0.45  # of full ink belongs to a stroke
@@ -67,7 +67,7 @@ def each_to_mnist(grey: np.ndarray) -> list[np.ndarray]:
     """Like ``to_mnist``, for an image of several digits that do not touch: one image each, from left to right."""
     if grey.max() - grey.min() < MIN_CONTRAST:
         raise ImageError("is blank")
-    ink, shape = _found(grey)
+    ink, shape = _found_at_this_size(grey)  # at half the size, digits that are close to each other would touch
     masks = _side_by_side(shape)
     return [_fitted(ink, mask, (shape.parts > 0) & ~mask) for mask in masks]
 
@@ -75,15 +75,15 @@ def each_to_mnist(grey: np.ndarray) -> list[np.ndarray]:
 def _found(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
     """How much ink each pixel has, float32 [h, w] with 1 for full ink, and where the digit's strokes are in it.
 
-    A large digit in a drawing is found at half the image's size, which takes a quarter of the time.
+    A large digit, dark on a light drawing, is found at half the image's size, which takes a quarter of the time.
 
     Raises:
         ImageError: No ink stands out from the paper.
     """
-    if max(grey.shape) >= 2 * LARGE and is_drawing(grey[::2, ::2]):
+    if min(grey.shape) >= 2 * LARGE and is_drawing(grey[::2, ::2]):
         with suppress(ImageError):
-            ink, shape = _found_at_this_size(np.asarray(Image.fromarray(grey).reduce(2)))
-            longer = max(np.ptp(np.flatnonzero(shape.mask.any(axis))) for axis in (0, 1))
+            ink, shape = _found_at_this_size(np.asarray(Image.fromarray(grey.astype(np.float32)).reduce(2)))
+            longer = 1 + max(np.ptp(np.flatnonzero(shape.mask.any(axis))) for axis in (0, 1))
             if longer >= LARGE and shape.is_of_strokes:
                 return ink, shape
     return _found_at_this_size(grey)

@@ -29,7 +29,10 @@ MAX_BYTES = 2**26  # of a file: 20 million uncompressed pixels in colour
 MAX_SCANS = 50  # of a progressive JPEG with as many pixels as allowed; cameras and editors write ten
 
 MAX_VALUES = (1.0, 255.0, 65535.0)  # of floats, bytes and 16-bit numbers
-WORKING_SIDE = 256  # larger images are first reduced by an integer factor to about the square of this many pixels
+WORKING_SIDE = (
+    256  # larger images are first reduced, by an integer factor, to about the area of a square with this side
+)
+MAX_WORKING_SIDE = 8 * WORKING_SIDE  # and long ones to a side below twice this, however narrow they are
 
 
 def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist", refuse: bool = True) -> np.ndarray:
@@ -96,7 +99,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def reduced_grey(image: Image.Image) -> np.ndarray:
     """The second half of ``read_grey``, for a decoded image."""
     grey = _grey(image)
-    factor = int((grey.width * grey.height) ** 0.5) // WORKING_SIDE
+    factor = max(int((grey.width * grey.height) ** 0.5) // WORKING_SIDE, max(grey.size) // MAX_WORKING_SIDE)
     return np.asarray(grey.reduce(factor) if factor > 1 else grey, dtype=np.float32)
 
 

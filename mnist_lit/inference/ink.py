@@ -6,9 +6,9 @@ from scipy import ndimage
 
 SIDE = 28  # pixels: of an MNIST image
 MIN_CONTRAST = 12.0  # how far ink must differ from the paper, in grey values of 0..255
-TWO_GREYS = 0.93  # of the variance are two greys with little between them: a drawing, or a coarse or close picture
-BLURRED = 0.82  # the same with wide edges; a wave of light and dark has 0.81
 MIN_LOG_CONTRAST = 0.05  # and in the logarithm of the grey value
+TWO_GREYS = 0.93  # of the variance is what two greys explain in a drawing, or in a coarse or close picture, at least
+BLURRED = 0.82  # the same where the edges are wide; a wave of light and dark has 0.81
 
 
 class ImageError(Exception):
