@@ -75,7 +75,7 @@ def each_to_mnist(grey: np.ndarray) -> list[np.ndarray]:
 def _found(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
     """How much ink each pixel has, float32 [h, w] with 1 for full ink, and where the digit's strokes are in it.
 
-    A large digit, dark on a light drawing, is found at half the image's size, which takes a quarter of the time.
+    In a drawing, dark on light, a large digit is looked for at half the image's size, in a quarter of the time.
 
     Raises:
         ImageError: No ink stands out from the paper.
@@ -104,7 +104,7 @@ def _found_at_this_size(grey: np.ndarray) -> tuple[np.ndarray, "Shape"]:
             usual = ink, shape
     if usual:
         return usual
-    ink = ink_on_paper(grey, BLURRED)  # a close picture with so little paper that no surface could be fitted to it
+    ink = ink_on_paper(grey, BLURRED)  # a close picture may show too little paper to fit a surface to
     if not (shape := _find(ink)):
         raise ImageError("is blank")
     return ink, shape

@@ -29,10 +29,8 @@ MAX_BYTES = 2**26  # of a file: 20 million uncompressed pixels in colour
 MAX_SCANS = 50  # of a progressive JPEG with as many pixels as allowed; cameras and editors write ten
 
 MAX_VALUES = (1.0, 255.0, 65535.0)  # of floats, bytes and 16-bit numbers
-WORKING_SIDE = (
-    256  # larger images are first reduced, by an integer factor, to about the area of a square with this side
-)
-MAX_WORKING_SIDE = 8 * WORKING_SIDE  # and long ones to a side below twice this, however narrow they are
+WORKING_SIDE = 256  # larger images are first reduced, by an integer factor, to about the area of this square
+MAX_WORKING_SIDE = 8 * WORKING_SIDE  # narrow ones are reduced until their longer side is below twice this
 
 
 def prepare(file: str | Path | BinaryIO, preprocess: str = "mnist", refuse: bool = True) -> np.ndarray:

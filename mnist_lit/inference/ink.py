@@ -7,8 +7,8 @@ from scipy import ndimage
 SIDE = 28  # pixels: of an MNIST image
 MIN_CONTRAST = 12.0  # how far ink must differ from the paper, in grey values of 0..255
 MIN_LOG_CONTRAST = 0.05  # and in the logarithm of the grey value
-TWO_GREYS = 0.93  # of the variance is what two greys explain in a drawing, or in a coarse or close picture, at least
-BLURRED = 0.82  # the same where the edges are wide; a wave of light and dark has 0.81
+TWO_GREYS = 0.93  # two greys explain more than this of the variance of a drawing, or of a coarse or close picture
+BLURRED = 0.82  # and more than this if its edges are blurred; of waves of light and dark they explain 0.81
 
 
 class ImageError(Exception):
@@ -162,7 +162,7 @@ def _paper(grey: np.ndarray, two_greys: float) -> tuple[np.ndarray, float]:
 
 
 def is_drawing(grey: np.ndarray) -> bool:
-    """Whether the image has essentially two greys, the lighter of them at its edge."""
+    """Whether the image has essentially two greys, with the lighter one along its border."""
     return _edge_is_light(grey) and _two_greys(grey)[2] > TWO_GREYS
 
 
