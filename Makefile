@@ -87,7 +87,7 @@ bench: peers  ## time this project against its peers (DATA=FOLDER) and write doc
 fidelity: peers  ## train with many seeds, here and with Keras (DATA=FOLDER; hours), and write docs/fidelity.md
 	$(RUN) benchmarks/fidelity.py $(or $(DATA),data) $(ARGS)
 
-recipes: peers  ## train the recipes of conf/experiment/ (DATA=FOLDER; an hour), and write docs/recipes.md
+recipes: peers  ## train the recipes of conf/experiment/ (DATA=FOLDER; hours), and write docs/recipes.md
 	$(RUN) benchmarks/recipes.py $(or $(DATA),data) $(ARGS)
 
 soak: setup  ## kill runs and a sweep at random moments and go on with them: the same results every time?

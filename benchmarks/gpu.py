@@ -7,6 +7,7 @@ end of the last, the data being on the device; before that come imports, CUDA's 
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contenders import BATCH, lightning, pixels
+from fidelity import commit
 
 from mnist_lit.batches import epoch_order
 from mnist_lit.cli.config import settings
@@ -142,6 +144,9 @@ CONTENDERS: dict[str, Callable[[str, int], dict[str, Any]]] = {
 def main(data: str, seeds: int) -> None:
     measured: dict[str, list[dict[str, Any]]] = {}
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "lightning": L.__version__}
+    facts["note"] = (
+        f"At commit {commit()}; the load of the machine's {os.cpu_count()} cores was {os.getloadavg()[0]:.1f} before."
+    )
     for name in CONTENDERS:
         count = seeds if name.startswith("mnist_lit") else 1 if name in LIGHTNING else 3
         asked = [sys.executable, "benchmarks/gpu.py", data, str(count), name]
@@ -169,7 +174,10 @@ def document(facts: dict[str, str], measured: dict[str, list[dict[str, Any]]]) -
         "`python benchmarks/gpu.py DATA` made this page and `gpu.json`. Seconds from the end of the first step to the end",
         "of the last, the median over seeds (lowest to highest); of the Lightning port as tutorials write it, twelve times",
         "its second epoch.",
-        *([facts["note"]] if "note" in facts else []),
+        "A command's first seconds, for imports, CUDA's start and the capture, are not in it. CUDA graphs have the network's",
+        "passes in them, and not the optimizer, the loss, the metrics and the checkpoints, as the hand-written loop's have.",
+        "Convolutions use TF32, as cuDNN's default is, also where the precision is 32-true.",
+        facts["note"],
         "",
         "| | seconds | milliseconds a step | test accuracy, mean ± sd | seeds |",
         "| --- | --- | --- | --- | --- |",

@@ -66,7 +66,7 @@ def train(values: dict[str, Any], seed: int, folder: str, data_of: dict[tuple[in
     if key not in data_of:
         data_of[key] = MNISTDataModule(folder, "mnist", values["data.batch_size"], val_size=VALIDATION, seed=seed)
     L.seed_everything(seed, verbose=False)
-    config = settings("tune")
+    config = settings("train")
     model = config["model"] | {"dropout": values["model.dropout"]}
     optimizer = config["optimizer"] | {"lr": values["optimizer.lr"], "rho": values["optimizer.rho"]}
     quiet: dict[str, Any] = dict.fromkeys(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 
 class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
@@ -21,8 +21,10 @@ class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
         self.sampler.resume_from = state
 
 
-class EpochBatches(Sampler[Tensor]):
+class EpochBatches(DistributedSampler[Tensor]):
     """Batch sampler: yields this rank's indices of each batch of the epoch that Lightning has set.
+
+    A ``DistributedSampler``, so that Lightning does not divide the batches among the processes once more.
 
     Args:
         count: Number of images.
@@ -46,19 +48,17 @@ class EpochBatches(Sampler[Tensor]):
         processes: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.count, self.batch_size, self.order_seed = count, batch_size, seed
         self.rank, self.processes, self.device = rank, processes, device
         self.epoch = self.given = 0
         self.resume_from: dict[str, int] | None = None
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return math.ceil(self.count / self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        order = torch.arange(self.count) if self.seed is None else epoch_order(self.seed, self.epoch, self.count)
+        seed = self.order_seed
+        order = torch.arange(self.count) if seed is None else epoch_order(seed, self.epoch, self.count)
         state, self.resume_from = self.resume_from, None
         first = state["given"] if state and state["epoch"] == self.epoch else 0
         for given, batch in enumerate(order.to(self.device).split(self.batch_size)[first:], first + 1):

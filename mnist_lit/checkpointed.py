@@ -23,7 +23,8 @@ class CheckpointedModule(L.LightningModule):
 
     Attributes:
         trained_on: Name, counts and checksum of each data set that the weights have been trained on.
-        temperature: Of a loaded checkpoint: what the logits are divided by for probabilities; None if it has none.
+        temperature: Of a loaded checkpoint: what ``mnist_lit.load`` divides the logits by for
+            probabilities, and this class does not; None if it has none.
     """
 
     def __init__(self) -> None:

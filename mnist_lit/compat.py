@@ -5,7 +5,9 @@ a test for each, which fails by name when an upgrade breaks it. The upper bounds
 versions out. Libraries are imported inside the functions, so importing this module loads none of them.
 
 Two classes override undocumented methods of a library's class and stay in their own modules: uvicorn's ``H11Protocol`` in
-``inference/connections.py``, and Optuna's ``RDBStorage`` in ``sweeps/database.py``. The tests check these, too.
+``inference/connections.py``, and Optuna's ``RDBStorage`` in ``sweeps/database.py``. The tests check these, too. So do two
+names that are single words: ``ensure_running`` of multiprocessing's servers in ``cli/job.py``, and ``restarted_mid_epoch`` of
+Lightning's loop of epochs in ``training/``.
 """
 
 import atexit

@@ -112,8 +112,8 @@ class MNISTDataModule(L.LightningDataModule):
         if self.trainer and self.trainer.state.status == TrainerStatus.RUNNING:  # else someone looks at the images
             device = self.trainer.strategy.root_device  # all of MNIST fits there (47 MB), and no batch is copied
         dataset = PixelDataset(images.to(device), labels.to(device), self.facts)
-        if getattr(self.trainer, "overfit_batches", 0):  # Lightning then allows only a SequentialSampler
-            return DataLoader(dataset, self.batch_size)
+        if getattr(self.trainer, "overfit_batches", 0):  # Lightning allows only a SequentialSampler, and distributes it
+            return DataLoader(dataset, self.batch_size // processes)
         batches = EpochBatches(len(labels), self.batch_size, seed, rank, processes, device)
         # batch_size=None disables collation: the dataset returns whole batches. A generator of its own, because every
         # iterator draws a seed from it, which would otherwise advance the global generator that dropout uses.

@@ -95,8 +95,12 @@ class ImageFolderDataModule(MNISTDataModule):
 
 
 def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder in ``folder`` that has one of the names; Kaggle's archives have it twice, one inside the other."""
-    found = next((each for name in names for each in _folders(folder) if each.name.lower() == name), None)
+    """The folder in ``folder`` that has one of the names; Kaggle's archives have it twice, one inside the other.
+
+    With pictures of its own, it is that of a class with this name.
+    """
+    named = (each for name in names for each in _folders(folder) if each.name.lower() == name)
+    found = next((each for each in named if not _pictures_in(each)), None)
     return (_part(found, names) or found) if found else None
 
 
@@ -107,15 +111,15 @@ def _folders(folder: Path) -> list[Path]:
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
     """The pictures in each of the folders in ``folder`` that has any, in the order of their names."""
+    return {each.name: pictures for each in _folders(folder) if (pictures := _pictures_in(each))}
+
+
+def _pictures_in(folder: Path) -> list[Path]:
     from mnist_lit.inference.images import EXTENSIONS
 
-    found: dict[str, list[Path]] = {}
-    for each in _folders(folder):
-        _, _, names = next(os.walk(each), ("", [], []))
-        pictures = [each / name for name in sorted(names, key=_natural) if Path(name).suffix.lower() in EXTENSIONS]
-        if pictures := [path for path in pictures if not path.name.startswith(".")]:
-            found[each.name] = pictures
-    return found
+    _, _, names = next(os.walk(folder), ("", [], []))
+    pictures = [name for name in names if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")]
+    return [folder / name for name in sorted(pictures, key=_natural)]
 
 
 def _natural(name: str) -> Any:

@@ -21,9 +21,11 @@ def for_lightning(config: Mapping[str, Any], optimizer: Optimizer, trainer: Any)
         UserError: As ``build_scheduler``.
     """
     by_step = config.get("interval", "epoch") == "step"
-    length = compat.estimated_steps(trainer) if by_step else trainer.max_epochs
-    if length not in (-1, math.inf):  # -1 and inf: no end
-        length = max(1, length // config.get("frequency", 1))
+    frequency = config.get("frequency", 1)
+    if by_step:  # Lightning counts them anew in each epoch, and leaves out those that only accumulate
+        length = compat.estimated_steps(trainer) if frequency == 1 else math.inf
+    else:
+        length = -1 if trainer.max_epochs == -1 else max(1, trainer.max_epochs // frequency)
     settings = {key: config[key] for key in LIGHTNING_KEYS if key in config}
     return {"scheduler": build_scheduler(config, optimizer, length), **settings}
 
@@ -32,16 +34,17 @@ def build_scheduler(config: Mapping[str, Any], optimizer: Optimizer, length: flo
     """
     Args:
         config: The section ``scheduler``.
-        length: Of the run, in steps of the scheduler.
+        length: Of the run, in steps of the scheduler; -1 or infinite if it has no end or they cannot be counted.
 
     Raises:
-        UserError: There is no such class, it does not accept the arguments, or needs a length, and the run has no end.
+        UserError: There is no such class, it does not accept the arguments, or needs a length, and there is none.
     """
     arguments = {key: value for key, value in config.items() if key not in LIGHTNING_KEYS}
     for key in LENGTHS:
         if arguments.get(key, length) is None:
             if not 0 < length < math.inf:
-                raise UserError(f"scheduler.{key}=null: this run has no end, so its length must be given here")
+                why = "is not stepped at every step" if config.get("frequency", 1) != 1 else "has no end to reach"
+                raise UserError(f"scheduler.{key}=null: the schedule {why}, so its length must be given here")
             arguments[key] = int(length)
     return build("scheduler", arguments, LRScheduler, optimizer)
 
@@ -60,6 +63,6 @@ class WarmupCosine(LambdaLR):
         def factor(step: int) -> float:
             if step < rising:
                 return (step + 1) / rising
-            return (1 + math.cos(math.pi * min(1.0, (step - rising + 1) / max(1, total_steps - rising)))) / 2
+            return (1 + math.cos(math.pi * min(1.0, (step - rising + 1) / (total_steps - rising + 1)))) / 2
 
         super().__init__(optimizer, factor)

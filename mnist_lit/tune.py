@@ -55,6 +55,8 @@ def tune(
     with files.errors_as_user_errors(overrides):
         composed = files.compose(overrides)
     config, groups = flatten(plain_values(composed, resolve=False)), composed.hydra.runtime.choices
+    if not config.get("data.val_size", True):
+        raise UserError("data.val_size=0 leaves no validation accuracy to optimize")
     distributions = search.distributions(space, {**groups, **config}, overrides)
     monitored = {key: str(config[key]) for key in ("checkpoint.monitor", "checkpoint.mode")}
     monitor, mode = monitored.values()
@@ -79,14 +81,11 @@ def _command(**values: Any) -> None:
         raise UserError("resume= continues a run; a search continues with the same storage= and study=")
     if "checkpoint" not in values:
         raise UserError("a search needs the section checkpoint")
-    if not values.get("data", {}).get("val_size", True):
-        raise UserError("data.val_size=0 leaves no validation accuracy to optimize")
     hydra = HydraConfig.get()
-    own_keys = schema.Tune.__annotations__.keys() - schema.Train.__annotations__.keys()
-    overrides = [each for each in hydra.overrides.task if not is_under(key_of(each), own_keys)]
+    overrides = [each for each in hydra.overrides.task if not is_under(key_of(each), schema.TUNE_KEYS)]
     config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     files = ConfigFiles("train", config_dirs[0] if config_dirs else None)
-    own = {key: values.pop(key) for key in own_keys}
+    own = {key: values.pop(key) for key in schema.TUNE_KEYS}
     overrides = _of_train(overrides, values, hydra.runtime.choices, files)
     with stopped_by_signals(lambda: "; the same command continues, and runs the interrupted trials again"):
         tune(hydra.runtime.output_dir, **own, overrides=overrides, config_dir=files.user_folder)

@@ -198,7 +198,8 @@ def test_every_key_of_the_schema_is_one_of_the_configuration() -> None:
         ("export", "output=a"),
     ):
         described = schema.VERBS[verb].__annotations__.keys() - {*OFF}
-        described -= {"trust"} if verb in ("train", "tune") else set()  # for the command line
+        described -= {"trust"} if verb == "train" else set()  # for the command line
+        described = schema.TUNE_KEYS if verb == "tune" else described  # the others are train's
         assert described <= settings(verb, *required).keys()
     for section, keys in (("data", schema.Data), ("checkpoint", schema.Checkpoint)):
         assert keys.__annotations__.keys() <= settings("train")[section].keys()
@@ -215,6 +216,11 @@ def test_tilde_is_the_home_folder_and_quotes_of_the_users_stay() -> None:
     assert settings("train", "data.dir=~/x")["data"]["dir"] == str(Path.home() / "x")
     assert settings("train", "data.dir='a b'")["data"]["dir"] == "a b"
     assert quoted("seed=~/x") == "seed=~/x"
+
+
+def test_in_a_multirun_commas_between_paths_separate_jobs() -> None:
+    assert quoted("data.dir=a,b", multirun=True) == "data.dir=a,b"
+    assert quoted("data.dir=a=b", multirun=True) == "data.dir='a=b'"
 
 
 def test_null_is_no_text_where_a_value_may_be_missing() -> None:

@@ -11,7 +11,6 @@ import torch
 from helpers import assert_same, final, results, small
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
-from test_groups import killed_and_resumed
 from torchvision.transforms import ToTensor
 
 from mnist_lit import Interrupted
@@ -218,32 +217,6 @@ def test_a_tensor_that_is_left_on_the_cpu_is_noticed(
 
 
 on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-either_precision = pytest.mark.parametrize(
-    "precision", [pytest.param(each, marks=on_cuda) for each in ("32-true", "bf16-mixed")]
-)
-
-
-@either_precision
-def test_graphs_train_as_the_network_itself_and_resume_exactly(precision: str, tmp_path: Path) -> None:
-    """Batches of 300 of 3,800 images: the last one has 200, and is not captured."""
-    asked = ["trainer.accelerator=gpu", f"trainer.precision={precision}", "trainer.limit_train_batches=null"]
-    asked += ["data.batch_size=300", "data.val_size=200", "trainer.deterministic=true"]
-    eager = train(tmp_path / "eager", **small(*asked))
-    whole = train(tmp_path / "whole", **small(*asked, "callbacks=cuda_graphs"))
-    for key in ("train/loss", "val/loss", "test/loss"):
-        assert whole[key] == pytest.approx(eager[key], rel=1e-3), key
-    resumed = killed_and_resumed(tmp_path / "run", 18, *asked, "callbacks=cuda_graphs", "checkpoint.every_n_steps=5")
-    assert_same(resumed, final(tmp_path / "whole"))
-
-
-@either_precision
-@pytest.mark.parametrize("overrides", [["trainer.gradient_clip_val=0.1"], ["scheduler=cosine", "optimizer=adam"]])
-def test_graphs_and_what_reads_gradients(precision: str, overrides: list[str], tmp_path: Path) -> None:
-    asked = ["trainer.accelerator=gpu", f"trainer.precision={precision}", *overrides]
-    eager, graphs = (
-        train(tmp_path / name, **small(*asked, *more)) for name, more in (("a", []), ("b", ["callbacks=cuda_graphs"]))
-    )
-    assert graphs["train/loss"] == pytest.approx(eager["train/loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_cuda), "cpu"])

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,7 @@ def killed_and_resumed(folder: Path, step: int, *overrides: str) -> Any:
         ("cosine", [], 0.0),
         ("onecycle", [], 0.0608929698),
         ("warmup_cosine", [], 0.0),
+        ("warmup_cosine", ["scheduler.interval=epoch", "scheduler.warmup=0"], 0.0),
         ("step", ["scheduler.step_size=1"], 0.125),
         ("plateau", ["scheduler.patience=0", "+scheduler.threshold=0.9"], 0.25),  # nothing is an improvement
     ],
@@ -102,10 +104,12 @@ def test_the_rate_of_every_step(tmp_path: Path) -> None:
     train(tmp_path, **small(*overrides, "trainer.log_every_n_steps=1", "trainer.max_epochs=2"))
     with (tmp_path / "csv" / "metrics.csv").open() as file:
         rates = [float(row["lr-Adadelta"]) for row in csv.DictReader(file) if row["lr-Adadelta"]]
-    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.25, 0.0], abs=1e-6)
+    assert rates == pytest.approx(
+        [1 / 3, 2 / 3, 1.0, *((1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3))], abs=1e-6
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in CALLBACKS if name != "cuda_graphs"])  # test_devices.py has it
+@pytest.mark.parametrize("name", [name for name in CALLBACKS if name != "cuda_graphs"])  # test_cuda_graphs.py has it
 def test_a_callback_of_the_group_trains(name: str, tmp_path: Path) -> None:
     overrides = [f"callbacks={name}", "data.val_size=100", "logger=csv", "trainer.log_every_n_steps=1"]
     overrides += ["callbacks.throughput.window_size=2"] if name == "throughput" else []
@@ -329,17 +333,16 @@ def test_a_network_for_five_classes_reads_no_digits(tmp_path: Path) -> None:
         load_for_pictures(tmp_path / "five.ckpt")
 
 
-def test_graphs_are_for_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs trainer\.accelerator=gpu and a CUDA device, not cpu"):
-        train(tmp_path, **small("callbacks=cuda_graphs"))
-
-
 def test_a_schedule_over_the_whole_run_does_not_get_longer() -> None:
     values = settings("train", "scheduler=cosine")
     longer = {**values, "trainer": {**values["trainer"], "max_epochs": 20}}
     run = Run(Path("run"), Path("run"), values)
     with pytest.raises(UserError, match=r"scheduler\.T_max=null: its schedule spans the whole run"):
         continued(run, longer, {"trainer.max_epochs"})
+    with_time = {**values, "trainer": {**values["trainer"], "max_time": "00:01:00:00"}}
+    assert (
+        continued(Run(Path("run"), Path("run"), with_time), values, {"trainer.max_time"})["trainer"]["max_time"] is None
+    )
     values["scheduler"]["T_max"] = 100
     assert continued(run, longer, {"trainer.max_epochs"})["trainer"]["max_epochs"] == 20
 
@@ -401,8 +404,13 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         (["scheduler=step", "+scheduler.speed=1"], "scheduler: .*speed"),
         (
             ["scheduler=cosine", "trainer.max_epochs=-1", "trainer.max_time=00:00:00:01"],
-            r"scheduler\.T_max=null: this run",
+            r"scheduler\.T_max=null: the schedule has no end to reach",
         ),
+        (
+            ["scheduler=cosine", "scheduler.frequency=2"],
+            r"scheduler\.T_max=null: the schedule is not stepped at every step",
+        ),
+        (["scheduler=onecycle", "optimizer._target_=torch.optim.Adam"], "optimizer.lr"),
         (["scheduler._target_=torch.optim.SGD", "scheduler=step"], "not a subclass of torch.optim.lr_scheduler"),
         (["callbacks=ema", "callbacks.ema.decay=much"], r"callbacks\.ema\.decay=much"),
         (["+callbacks._target_=my.Callback"], r"callbacks: an entry has a name, .*mine: \{_target_: my.Callback"),
@@ -415,6 +423,11 @@ def test_early_stopping_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             r"monitor=val/f1: there is no such metric; there are val/acc, val/loss",
         ),
         (["augment=affine", "+augment.angle=3"], "augment: .*angle"),
+        (["callbacks=throughput"], "Throughput only writes to loggers"),
+        (
+            ["experiment=speedrun", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1"],
+            "Adam, does not allow for gradient clipping",
+        ),
         (["augment=affine", "augment._target_=torch.optim.SGD"], "not a subclass of torch.nn"),
     ],
 )

@@ -95,6 +95,15 @@ def test_without_a_test_folder_a_fifth_of_each_class_is_held_out_whatever_the_se
     assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, sample.test_images.flatten(1).numpy()))
 
 
+@pytest.mark.parametrize("place", [".", "train"])
+def test_a_class_may_be_called_train_or_test(place: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / place
+    for label, name in enumerate(("bus", "test", "train")):
+        write(folder, torch.zeros(5, 28, 28, dtype=torch.uint8), torch.full((5,), label))
+        (folder / str(label)).rename(folder / name)
+    assert set_up(tmp_path / "data").facts["classes"] == ["bus", "test", "train"]
+
+
 def test_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in ("10", "9", "b", "a10", "a2", "²"):
         write(tmp_path / name, torch.zeros(5, 28, 28, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))

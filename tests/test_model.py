@@ -1,6 +1,7 @@
 """MNISTClassifier: probabilities outside, honest metrics, checkpoints that load anywhere."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -44,6 +45,18 @@ def test_defaults_are_those_of_the_yaml() -> None:
     optimizer = MNISTClassifier().configure_optimizers()
     assert type(optimizer) is torch.optim.Adadelta
     assert [optimizer.defaults[key] for key in ("lr", "rho", "eps")] == [1.0, 0.95, 1e-7]
+
+
+class Mine(MNISTClassifier):
+    """A subclass with arguments of the same names, as LightningCLI makes them, and one of its own."""
+
+    def __init__(self, model: Any = None, optimizer: Any = None, twice: bool = False) -> None:
+        super().__init__({**TUTORIAL_MODEL, "compile": True} if twice else model, optimizer)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_subclass_keeps_the_defaults(twice: bool) -> None:
+    assert dict(Mine(twice=twice).hparams) == dict(MNISTClassifier().hparams)
 
 
 def test_test_metrics_are_means_over_all_test_images(sample) -> None:

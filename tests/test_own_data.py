@@ -63,6 +63,13 @@ def test_its_keys_are_those_of_the_class_and_what_is_typed() -> None:
     }
 
 
+def test_a_schedule_does_not_refer_to_a_class_that_is_replaced() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lr"):
+        asked("optimizer._target_=torch.optim.Adam", "scheduler=onecycle")
+    values = asked("optimizer._target_=torch.optim.Adam", "optimizer.lr=0.002", "scheduler=onecycle")
+    assert values["scheduler"]["max_lr"] == 0.002
+
+
 def test_it_resumes_for_more_epochs(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained, tmp_path / "run")
     values = asked("trainer.max_epochs=4", "optimizer.lr=0.1")

@@ -1,5 +1,6 @@
 """A run in several processes, started by Lightning, torchrun or srun, on CPUs; the numbers are rows of docs/faults.md."""
 
+import csv
 import os
 import re
 import signal
@@ -57,6 +58,24 @@ def killed(classifier, batch, batch_idx):
 
 MNISTClassifier.training_step = killed
 train.main()
+"""
+
+
+# Lightning without the command: what is counted in the epoch and in the test.
+PLAIN = """
+import lightning as L
+from mnist_lit import MNISTClassifier, MNISTDataModule
+
+class Sizes(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        sizes.append(len(batch[1]))
+
+sizes = []
+options = dict(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False)
+trainer = L.Trainer(max_epochs=1, callbacks=[Sizes()], **options)
+trainer.fit(classifier := MNISTClassifier(), data := MNISTDataModule(source="sample"))
+trainer.test(classifier, data)
+print("sizes:", sizes, trainer.num_test_batches)
 """
 
 
@@ -217,6 +236,24 @@ def losses(folder: Path, count: int) -> list[list[tuple[float, int]]]:
     texts = [(folder / f"losses_{count}_{number}").read_text() for number in range(count)]
     pairs = [[line.split() for line in text.splitlines()] for text in texts]
     return [[(float(loss), int(size)) for loss, size in each] for each in pairs]
+
+
+@pytest.mark.slow
+def test_with_a_plain_trainer_each_image_is_in_one_process_too(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(PLAIN)
+    text = said(start("plain.py", cwd=tmp_path), cwd=tmp_path)
+    assert text.count(f"sizes: {[250] * 8} [2]") == 2, text
+
+
+@pytest.mark.slow
+def test_processes_share_the_batches_that_are_learned_by_heart(tmp_path: Path) -> None:
+    asked = ["debug=overfit", "trainer.overfit_batches=2", "trainer.max_epochs=1", "trainer.devices=2"]
+    said(start(*SMALL[:3], *asked, "hydra.run.dir=run", cwd=tmp_path), cwd=tmp_path)
+    found = results(tmp_path / "run")
+    assert found["test/images"] == 1000
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["images_per_second"]) * float(row["epoch_seconds"]) == pytest.approx(800)
 
 
 @pytest.mark.slow

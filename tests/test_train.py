@@ -164,9 +164,15 @@ def test_every_optimizer_file_trains(name: str, tmp_path: Path) -> None:
     assert results["test/loss"] < 5
 
 
-def test_every_experiment_file_composes() -> None:
-    for path in (ROOT / "conf" / "experiment").glob("*.yaml"):
-        assert small(f"experiment={path.stem}") != small()
+def test_null_is_lightnings_default_and_writes_checkpoints(tmp_path: Path) -> None:
+    train(tmp_path / "run", **small("trainer.enable_checkpointing=null"))
+    assert (tmp_path / "run" / CHECKPOINTS[0]).exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_every_experiment_file_trains(name: str, tmp_path: Path) -> None:
+    results = train(tmp_path / "run", **small(f"experiment={name}", "trainer.fast_dev_run=true"))
+    assert results["test/loss"] < 5
 
 
 def test_csv_and_tensorboard_loggers_write_offline(tmp_path: Path) -> None:

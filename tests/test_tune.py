@@ -441,7 +441,17 @@ def test_41_a_trial_whose_report_cannot_be_written_counts_with_its_value(tmp_pat
 
 
 def test_every_key_of_train_is_one_of_tune() -> None:
-    assert settings("train").keys() <= settings("tune").keys()
+    composed = ConfigFiles("tune").compose([])
+    assert settings("train").keys() <= composed.keys()
+
+
+def test_from_python_a_search_takes_its_settings_and_asks_for_a_validation_split(tmp_path: Path) -> None:
+    from mnist_lit.tune import tune as search
+
+    own = settings("tune", "n_trials=1", f"storage={sqlite(tmp_path)}")
+    with pytest.raises(UserError, match=r"^data\.val_size=0 leaves no validation accuracy to optimize"):
+        search(tmp_path, **own)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,13 @@ def settings(verb: str, *overrides: str) -> dict[str, Any]:
     Raises:
         UserError: As on the command line.
     """
+    from mnist_lit.cli.schema import TUNE_KEYS
+
     files = ConfigFiles(verb)
     with files.errors_as_user_errors(overrides):
         values = checked_values(verb, files.compose([quoted(override) for override in overrides]))
+    if verb == "tune":  # the function takes what else the file has as overrides
+        return {key: values[key] for key in TUNE_KEYS}
     return arguments(verb, values)
 
 
@@ -56,16 +60,15 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
 
     if missing := OmegaConf.missing_keys(_own(config)):
         raise UserError(f"{', '.join(f'{key}=' for key in sorted(missing))} must be given (--help shows how)")
-    values = plain_values(config)
     hydra_config = config.hydra if "hydra" in config else HydraConfig.get()  # inside a command Hydra keeps it apart
     typed = [key_of(override) for override in hydra_config.overrides.task]
+    config = _own(config)
     for section in (*SINGLE_GROUPS, *MULTI_GROUPS):
         is_off = hydra_config.runtime.choices.get(section) == "none"
-        if (is_off or f"{section}._target_" in typed) and isinstance(values.get(section), dict):
-            kept = {
-                key.split(".")[1] for key in typed if key.startswith(f"{section}.")
-            }  # the others are of another class
-            values[section] = {key: value for key, value in values[section].items() if key in kept}
+        if (is_off or f"{section}._target_" in typed) and OmegaConf.is_dict(config.get(section)):
+            kept = [key.split(".")[1] for key in typed if key.startswith(f"{section}.")]  # the others: another class's
+            config[section] = OmegaConf.masked_copy(config[section], [key for key in kept if key in config[section]])
+    values = plain_values(config)
     if verb in ("evaluate", "export") and not hydra_config.job.chdir and isinstance(data := values.get("data"), dict):
         # What nobody has chosen, these take from the run.
         if hydra_config.runtime.choices.get("data") == "mnist" and not {"data", "data._target_"} & {*typed}:
@@ -161,13 +164,16 @@ def absolute_paths(values: dict[str, Any], folder: str) -> dict[str, Any]:
     return changed
 
 
-def quoted(argument: str) -> str:
-    """``data.dir=a b`` as Hydra's grammar wants it, ``data.dir='a b'``; a leading ~ becomes the home folder."""
+def quoted(argument: str, multirun: bool = False) -> str:
+    """``data.dir=a b`` as Hydra's grammar wants it, ``data.dir='a b'``; a leading ~ becomes the home folder.
+
+    In a multirun commas separate values.
+    """
     key, equals, value = argument.partition("=")
     is_list = key == "images" and re.fullmatch(r"\[.*\]", value)
     if not equals or key.lstrip("+") not in QUOTED or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
         return argument
-    if value == "null" and key in NULLABLE:
+    if (value == "null" and key in NULLABLE) or (multirun and "," in value):
         return argument
     return f"{key}={_in_quotes(os.path.expanduser(value))}"
 

@@ -56,7 +56,8 @@ def launch(
     global current
     import hydra
 
-    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    several = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(sys.argv)
+    sys.argv[1:] = [quoted(argument, multirun=several) for argument in sys.argv[1:]]
     flags = compat.parse_hydra_arguments(sys.argv[1:])
     # Hydra wants the overrides side by side.
     sys.argv[1:] = [*(argument for argument in sys.argv[1:] if argument not in flags.overrides), *flags.overrides]

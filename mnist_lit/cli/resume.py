@@ -109,7 +109,9 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
     for key in raised:
         if _amount(new.get(key)) < _amount(own.get(key)):
             raise UserError(f"{run.folder} has {key.partition('.')[2]}={own.get(key)}: it can only be increased")
-    if raised and (open_length := next((key for key in RUN_LENGTH_KEYS if own.get(key, "") is None), None)):
+    if {*raised} - {"trainer.max_time"} and (
+        open_length := next((key for key in RUN_LENGTH_KEYS if own.get(key, "") is None), None)
+    ):
         raise UserError(
             f"{run.folder} has {open_length}=null: its schedule spans the whole run, whose length cannot change"
         )

@@ -84,7 +84,7 @@ class StopOnNaN(L.Callback):
     def _stop(self, trainer: L.Trainer, step: int) -> None:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         raise UserError(
-            f"the loss is not finite at step {step} ({epoch_name(trainer)}), with optimizer.lr={rate:g}: training "
+            f"the loss is not finite at step {step} ({epoch_name(trainer)}), at a learning rate of {rate:g}: training "
             "stopped; earlier checkpoints are unchanged"
         )
 

@@ -69,7 +69,7 @@ def build_trainer(
         UserError: Lightning rejects an argument, or this machine lacks the device or a package.
     """
     tidy_messages()
-    shows_bar = arguments.get("enable_progress_bar", True) and sys.stdout.isatty()
+    shows_bar = arguments.get("enable_progress_bar") is not False and sys.stdout.isatty()
     no_validation = {"limit_val_batches": 0, "val_check_interval": None, "check_val_every_n_epoch": 1}
     added = {
         key: hydra.utils.instantiate(arguments.get(key) or [], _convert_="all") for key in ("callbacks", "plugins")
@@ -100,7 +100,6 @@ def build_trainer(
             callbacks=callbacks,
             logger=own_loggers,
             default_root_dir=folder,
-            use_distributed_sampler=not isinstance(datamodule, MNISTDataModule),  # its loaders distribute each batch
         )
     except UserError as error:
         is_missing = re.search("not available|not met|your machine|backend found", str(error))
@@ -151,7 +150,7 @@ def build_checkpoints(folder: Path, arguments: dict[str, Any], trainer: dict[str
     Args:
         arguments: The section ``checkpoint`` of the configuration.
     """
-    enabled = bool(trainer.get("enable_checkpointing", True)) and not trainer.get("fast_dev_run")
+    enabled = trainer.get("enable_checkpointing") is not False and not trainer.get("fast_dev_run")
     return call("checkpoint", Checkpoints, folder, enabled=enabled, **arguments)
 
 
@@ -237,8 +236,9 @@ def _errors_as_user_errors(trainer: L.Trainer) -> Iterator[None]:
             raise UserError(
                 f"data: several loaders for {several[1]}; only one loader for each part is supported"
             ) from error
-        # Early stopping's, at the end of the first epoch, and that of the length of an epoch, have no type of their own.
-        said = ("conditioned on metric", "`val_check_interval`")
+        # Early stopping's, at the end of the first epoch, that of the length of an epoch, and that of a fused optimizer with
+        # trainer.precision=16-mixed have no type of their own.
+        said = ("conditioned on metric", "`val_check_interval`", "does not allow for gradient clipping")
         lacks_package = isinstance(error, ModuleNotFoundError) and _raised_by_lightning(error)
         if isinstance(error, MisconfigurationException) or lacks_package or any(each in str(error) for each in said):
             raise UserError(" ".join(str(error).split())) from error
@@ -266,7 +266,7 @@ def tested(trainer: L.Trainer, classifier: Any, data: Any) -> dict[str, Any]:
 
 def log_header(trainer: L.Trainer, classifier: Any, data: Any, config: dict[str, Any], resume: Any) -> None:
     """Log the network and the data, and pass the configuration to the loggers."""
-    if config["trainer"].get("enable_model_summary", True):
+    if config["trainer"].get("enable_model_summary") is not False:
         parameters = sum(parameter.numel() for parameter in classifier.parameters())
         log.info("%s\n%s parameters", classifier.network, f"{parameters:,}")
     facts = facts_of(data)
@@ -298,6 +298,9 @@ def tidy_messages() -> None:
     """De-duplicate Lightning's messages, and silence the uninformative ones."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are ready in memory
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # the model logs by epoch
+    warnings.filterwarnings(
+        "ignore", message="When using the `ThroughputMonitor`, you need"
+    )  # images are what it counts
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")  # no validation split
     # The layouts are equal: with one input channel, its stride does not matter.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides.*")

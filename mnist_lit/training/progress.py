@@ -16,7 +16,14 @@ class ProgressBar(TQDMProgressBar):
     """
 
     _refreshed = 0.0
+    _paused = 0.0
     _batch_size = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.fit_loop.restarted_mid_epoch:  # then Lightning does not call the next hook
+            self.on_train_epoch_start(trainer, pl_module)
+            self.train_progress_bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -37,6 +44,15 @@ class ProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description(epoch_name(trainer))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._paused = time.time()  # tqdm's clock
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not self.train_progress_bar.disable:
+            self.train_progress_bar.start_t += time.time() - self._paused  # images per second are those of training
+        super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Do nothing: the epoch's line in the log has its metrics."""
