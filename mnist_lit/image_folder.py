@@ -97,10 +97,10 @@ class ImageFolderDataModule(MNISTDataModule):
 def _part(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The folder in ``folder`` that has one of the names; Kaggle's archives have it twice, one inside the other.
 
-    With pictures of its own, it is that of a class with this name.
+    With pictures and no folders of them, it is that of a class with this name.
     """
     named = (each for name in names for each in _folders(folder) if each.name.lower() == name)
-    found = next((each for each in named if not _pictures_in(each)), None)
+    found = next((each for each in named if _pictures(each) or not _pictures_in(each)), None)
     return (_part(found, names) or found) if found else None
 
 

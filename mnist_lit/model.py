@@ -50,7 +50,8 @@ class MNISTClassifier(CheckpointedModule):  # a LightningModule whose checkpoint
         model = with_current_names(TUTORIAL_MODEL if model is None else model)
         optimizer = with_current_names(TUTORIAL_OPTIMIZER if optimizer is None else optimizer)
         compiles = model.pop("compile", False)  # how it runs, which is not for checkpoints to say
-        # By name: else a subclass's own arguments, which may be None, would take their place.
+        # By name: else a subclass's own arguments, which may be None, would take their place. (Lightning compares these
+        # with each of them: an array among them has no truth value.)
         self.save_hyperparameters({"model": model, "optimizer": optimizer, "scheduler": scheduler})
         self.network = build("model", model, nn.Module)
         if compiles:

@@ -43,7 +43,8 @@ def build_scheduler(config: Mapping[str, Any], optimizer: Optimizer, length: flo
     for key in LENGTHS:
         if arguments.get(key, length) is None:
             if not 0 < length < math.inf:
-                why = "is not stepped at every step" if config.get("frequency", 1) != 1 else "has no end to reach"
+                counts = config.get("frequency", 1) == 1 or config.get("interval") != "step"
+                why = "has no end to reach" if counts else "is not stepped at every step"
                 raise UserError(f"scheduler.{key}=null: the schedule {why}, so its length must be given here")
             arguments[key] = int(length)
     return build("scheduler", arguments, LRScheduler, optimizer)

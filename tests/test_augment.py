@@ -49,7 +49,8 @@ def test_size_is_torchvisions(size: float, digits: Tensor) -> None:
 
 @pytest.mark.parametrize(("what", "named"), [({"degrees": 30.0}, "angle"), ({"shear": 30.0}, "shear")])
 def test_angles_are_torchvisions_and_not_larger(what: dict[str, float], named: str, digits: Tensor) -> None:
-    """Each image is found among those that torchvision makes of it by degrees, from -30 to 30 and from all over there."""
+    """Each is found among those that torchvision makes of it by degrees, and they are from all over the range."""
+    digits = torch.nn.functional.pad(digits, (6, 6))  # wider than high
     found = changed(digits, **what)
     candidates = torch.stack(
         [
@@ -100,5 +101,21 @@ def test_draws_are_of_torchs_generator(digits: Tensor) -> None:
     assert not torch.equal(AffineElastic(**{**NONE, **every})(digits), changed(digits, **every))
 
 
-def test_images_in_colour_and_of_other_sizes() -> None:
-    assert changed(torch.rand(3, 3, 17, 32), degrees=10, alpha=1.0).shape == (3, 3, 17, 32)
+def test_colours_are_moved_alike() -> None:
+    grey = torch.rand(5, 1, 17, 32)
+    every = {"degrees": 10, "alpha": 1.0}
+    assert_same(changed(grey.expand(5, 3, 17, 32), **every), changed(grey, **every).expand(5, 3, 17, 32))
+
+
+def test_half_precision_is_that_of_the_images_and_not_of_the_places(digits: Tensor) -> None:
+    found = changed(digits.bfloat16(), degrees=10, alpha=1.0)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), changed(digits, degrees=10, alpha=1.0), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "what", [{"degrees": -5}, {"scale": (1.1, 0.9)}, {"sigma": 0}, {"p": 2.0}, {"translate": (0, -1)}]
+)
+def test_what_is_out_of_range_is_named(what: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"out of range: {next(iter(what))}$"):
+        changed(torch.rand(1, 1, 28, 28), **what)

@@ -15,6 +15,7 @@ from mnist_lit import UserError
 from mnist_lit.cli import schema
 from mnist_lit.cli.config import ConfigFiles, quoted, settings
 from mnist_lit.cli.help import help_text
+from mnist_lit.cli.keys import TUNE_KEYS
 from mnist_lit.train import train
 
 REFUSALS = [
@@ -199,7 +200,9 @@ def test_every_key_of_the_schema_is_one_of_the_configuration() -> None:
     ):
         described = schema.VERBS[verb].__annotations__.keys() - {*OFF}
         described -= {"trust"} if verb == "train" else set()  # for the command line
-        described = schema.TUNE_KEYS if verb == "tune" else described  # the others are train's
+        if verb == "tune":  # the others are train's
+            described -= schema.Train.__annotations__.keys()
+            assert described == {*TUNE_KEYS}
         assert described <= settings(verb, *required).keys()
     for section, keys in (("data", schema.Data), ("checkpoint", schema.Checkpoint)):
         assert keys.__annotations__.keys() <= settings("train")[section].keys()
@@ -219,8 +222,10 @@ def test_tilde_is_the_home_folder_and_quotes_of_the_users_stay() -> None:
 
 
 def test_in_a_multirun_commas_between_paths_separate_jobs() -> None:
-    assert quoted("data.dir=a,b", multirun=True) == "data.dir=a,b"
-    assert quoted("data.dir=a=b", multirun=True) == "data.dir='a=b'"
+    assert quoted("data.dir=~/a,ä b", multirun=True) == f"data.dir='{Path.home()}/a','ä b'"
+    for stays in ("data.dir='a,b','c'", "data.dir=choice(a,b)"):
+        assert quoted(stays, multirun=True) == stays
+    assert quoted("hydra.sweep.dir=a,b", multirun=True) == quoted("hydra.sweep.dir=a,b") == "hydra.sweep.dir='a,b'"
 
 
 def test_null_is_no_text_where_a_value_may_be_missing() -> None:

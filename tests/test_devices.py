@@ -232,11 +232,14 @@ def test_the_images_are_where_the_trainer_is_while_it_runs(device: dict[str, Any
     expected = (
         "lazy" if device["accelerator"] == "lazy" else str(torch.accelerator.current_accelerator()).partition(":")[0]
     )
-    assert WhereTheImagesAre.found == [expected]
+    assert WhereTheImagesAre.found == [expected, expected]
 
 
 class WhereTheImagesAre(L.Callback):
+    """Where the images are, and the indices that select a batch of them."""
+
     found: ClassVar[list[str]] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.found[:] = [trainer.train_dataloader.dataset.images.device.type]
+        loader = trainer.train_dataloader
+        self.found[:] = [loader.dataset.images.device.type, next(iter(loader.sampler)).device.type]

@@ -104,6 +104,13 @@ def test_a_class_may_be_called_train_or_test(place: str, tmp_path: Path) -> None
     assert set_up(tmp_path / "data").facts["classes"] == ["bus", "test", "train"]
 
 
+def test_a_picture_beside_the_classes_is_left_out(sample, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write(tmp_path / part, sample.test_images[::10], sample.test_labels[::10])
+        shutil.copy(next((tmp_path / part).glob("*/*")), tmp_path / part / "preview.png")
+    assert len(set_up(tmp_path).train_labels) == 100
+
+
 def test_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in ("10", "9", "b", "a10", "a2", "²"):
         write(tmp_path / name, torch.zeros(5, 28, 28, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))

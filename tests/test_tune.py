@@ -448,10 +448,20 @@ def test_every_key_of_train_is_one_of_tune() -> None:
 def test_from_python_a_search_takes_its_settings_and_asks_for_a_validation_split(tmp_path: Path) -> None:
     from mnist_lit.tune import tune as search
 
-    own = settings("tune", "n_trials=1", f"storage={sqlite(tmp_path)}")
+    own = settings("tune", "n_trials=1", f"storage={sqlite(tmp_path)}", "optimizer=adam", "data.val_size=0")
+    assert "optimizer=adam" in own["overrides"] and "trainer.enable_checkpointing=false" in own["overrides"]
+    assert "data.val_size=5000" in settings("tune")["overrides"]
     with pytest.raises(UserError, match=r"^data\.val_size=0 leaves no validation accuracy to optimize"):
         search(tmp_path, **own)
+    of_a_class = settings("tune", f"storage={sqlite(tmp_path)}", "data._target_=own_data.Patches", "~space.data")
+    with pytest.raises(UserError, match="space is empty"):  # not that it lacks a split: it validates as it likes
+        search(tmp_path, **{**of_a_class, "space": {}})
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_schedule_may_refer_to_what_is_searched() -> None:
+    own = settings("tune", "optimizer._target_=torch.optim.Adam", "scheduler=onecycle", "~space.optimizer.rho")
+    assert "scheduler=onecycle" in own["overrides"]
 
 
 @pytest.mark.parametrize(
@@ -531,7 +541,7 @@ def test_25_a_trial_whose_process_was_killed_before_it_began_does_not_stay_runni
 
 def test_what_a_search_changes_for_its_trials(tmp_path: Path) -> None:
     """Groups and keys of a file of one's own in place of tune.yaml, and not what an experiment has otherwise."""
-    from mnist_lit.tune import _of_train
+    from mnist_lit.cli.config import overrides_of_train
 
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "held.yaml").write_text("# @package _global_\ndata: {val_size: 700}\n")
@@ -550,7 +560,7 @@ def test_what_a_search_changes_for_its_trials(tmp_path: Path) -> None:
             config = hydra.compose(name, [*typed, f"hydra.searchpath=[file://{other}]"], return_hydra_config=True)
         values = {key: value for key, value in plain_values(config).items() if key not in OWN}
         files = ConfigFiles("train", str(tmp_path))
-        given = _of_train([*typed], values, config.hydra.runtime.choices, files)
+        given = overrides_of_train([*typed], values, config.hydra.runtime.choices, files)
         return flatten(plain_values(files.compose(given)))
 
     OWN = {"n_trials", "storage", "study", "sampler", "pruner", "sampler_seed", "workers", "space"}

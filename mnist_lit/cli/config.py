@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
-from mnist_lit.cli.keys import DATA_DIR, MULTI_GROUPS, NULLABLE, PATHS, QUOTED, SINGLE_GROUPS
+from mnist_lit.cli.keys import DATA_DIR, MULTI_GROUPS, NULLABLE, PATHS, QUOTED, SINGLE_GROUPS, TUNE_KEYS, is_under
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
 CONF = next(path for base in Path(__file__).parents[1:3] if (path := base / "conf").is_dir())
+_OF_ALL = ("experiment", "debug", "local")  # groups whose files change other sections
 
 
 def settings(verb: str, *overrides: str) -> dict[str, Any]:
@@ -29,14 +30,13 @@ def settings(verb: str, *overrides: str) -> dict[str, Any]:
     Raises:
         UserError: As on the command line.
     """
-    from mnist_lit.cli.schema import TUNE_KEYS
-
-    files = ConfigFiles(verb)
+    files, typed = ConfigFiles(verb), [quoted(override) for override in overrides]
     with files.errors_as_user_errors(overrides):
-        values = checked_values(verb, files.compose([quoted(override) for override in overrides]))
-    if verb == "tune":  # the function takes what else the file has as overrides
-        return {key: values[key] for key in TUNE_KEYS}
-    return arguments(verb, values)
+        composed = files.compose(typed)
+        values = arguments(verb, checked_values(verb, composed))
+    if verb != "tune":
+        return values
+    return arguments_of_tune(values, typed, composed.hydra.runtime.choices)
 
 
 def arguments(verb: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +63,8 @@ def checked_values(verb: str, config: Any) -> dict[str, Any]:
     hydra_config = config.hydra if "hydra" in config else HydraConfig.get()  # inside a command Hydra keeps it apart
     typed = [key_of(override) for override in hydra_config.overrides.task]
     config = _own(config)
+    if OmegaConf.is_dict(config.get("space")):  # a search sets these
+        typed += flatten(plain_values(config.space, resolve=False))
     for section in (*SINGLE_GROUPS, *MULTI_GROUPS):
         is_off = hydra_config.runtime.choices.get(section) == "none"
         if (is_off or f"{section}._target_" in typed) and OmegaConf.is_dict(config.get(section)):
@@ -121,6 +123,56 @@ class ConfigFiles:
         return Path(runs.display_path(Path(to_absolute_path(self.compose([]).hydra.run.dir)).parent))
 
 
+def arguments_of_tune(
+    values: Mapping[str, Any], typed: Sequence[str], choices: Mapping[str, Any], config_dir: str | None = None
+) -> dict[str, Any]:
+    """The arguments of ``tune`` but for the folder.
+
+    Args:
+        values: The configuration ``conf/tune.yaml``.
+        typed: The overrides that it was composed with.
+        choices: The files that were chosen for it, by group.
+
+    Raises:
+        UserError: It lacks what every trial needs, or is to resume a run.
+    """
+    if values.get("resume"):
+        raise UserError("resume= continues a run; a search continues with the same storage= and study=")
+    if "checkpoint" not in values:
+        raise UserError("a search needs the section checkpoint")
+    own = {key: values[key] for key in TUNE_KEYS}
+    of_trials = {key: value for key, value in values.items() if key not in own}
+    others = [each for each in typed if not is_under(key_of(each), TUNE_KEYS)]
+    overrides = overrides_of_train(others, of_trials, choices, ConfigFiles("train", config_dir))
+    return {**own, "overrides": overrides, "config_dir": config_dir}
+
+
+def overrides_of_train(
+    typed: list[str], values: dict[str, Any], choices: Mapping[str, Any], files: ConfigFiles
+) -> list[str]:
+    """``typed``, and as further overrides of ``train`` what ``tune.yaml``, or one of the user's own, has otherwise.
+
+    Args:
+        values: The configuration without the keys that are tune's alone.
+        choices: The files that were chosen for it, by group.
+    """
+    own = {group: name or "none" for group, name in choices.items() if not group.startswith("hydra/")}
+    usual = files.compose([each for each in typed if key_of(each) in own]).hydra.runtime.choices
+    own = {group: name for group, name in own.items() if group in usual}
+    overrides = [*(f"{group}={name}" for group, name in own.items() if (usual[group] or "none") != name), *typed]
+    chosen = [f"{group}={name}" for group, name in own.items() if name != "none" and group not in _OF_ALL]
+    default, train = (flatten(plain_values(files.compose(each))) for each in (chosen, overrides))
+    # What an experiment changes stays as it has it.
+    changed = {
+        key: value
+        for key, value in flatten(values).items()
+        if key in train and train[key] != value and train[key] == default.get(key, train[key])
+    }
+    # data.val_size is in tune.yaml for any data, and not all have it.
+    added = {f"+{key}": value for key, value in flatten(values).items() if key not in (*train, "data.val_size")}
+    return [*overrides, *as_overrides({**changed, **added})]
+
+
 def _own(config: Any) -> Any:
     from omegaconf import OmegaConf
 
@@ -167,15 +219,18 @@ def absolute_paths(values: dict[str, Any], folder: str) -> dict[str, Any]:
 def quoted(argument: str, multirun: bool = False) -> str:
     """``data.dir=a b`` as Hydra's grammar wants it, ``data.dir='a b'``; a leading ~ becomes the home folder.
 
-    In a multirun commas separate values.
+    In a multirun commas separate values, each of which is quoted.
     """
     key, equals, value = argument.partition("=")
     is_list = key == "images" and re.fullmatch(r"\[.*\]", value)
     if not equals or key.lstrip("+") not in QUOTED or re.fullmatch(r"'.*'|\".*\"", value) or is_list:
         return argument
-    if (value == "null" and key in NULLABLE) or (multirun and "," in value):
+    if value == "null" and key in NULLABLE:
         return argument
-    return f"{key}={_in_quotes(os.path.expanduser(value))}"
+    values = value.split(",") if multirun and not key.startswith("hydra.") else [value]
+    if len(values) > 1 and ("(" in value or value[0] in "'\""):  # choice(a,b), or in quotes already
+        return argument
+    return f"{key}={','.join(_in_quotes(os.path.expanduser(each)) for each in values)}"
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:

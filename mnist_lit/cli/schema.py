@@ -103,9 +103,6 @@ class Tune(Train, total=False):
     space: dict[str, Any]
 
 
-TUNE_KEYS = Tune.__annotations__.keys() - Train.__annotations__.keys()  # the others are those of its trials
-
-
 @forbids_more
 class Predict(Verb, total=False):
     images: Text | Annotated[list[Text], Field(min_length=1)]

@@ -91,7 +91,7 @@ class CUDAGraphs(L.Callback):
 def capture(network: nn.Module, images: Tensor) -> None:
     """Replace the network's ``forward`` by CUDA graphs of its passes over images like these, [N, 1, 28, 28].
 
-    It trains on them a few times, without changing parameters; buffers such as BatchNorm's change.
+    Runs both passes over them a few times: the parameters stay, buffers such as BatchNorm's change.
     """
     # It draws dropout's masks and must not move the generator, or a resumed run would draw others.
     with torch.random.fork_rng([images.device]):

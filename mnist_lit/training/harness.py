@@ -237,7 +237,7 @@ def _errors_as_user_errors(trainer: L.Trainer) -> Iterator[None]:
                 f"data: several loaders for {several[1]}; only one loader for each part is supported"
             ) from error
         # Early stopping's, at the end of the first epoch, that of the length of an epoch, and that of a fused optimizer with
-        # trainer.precision=16-mixed have no type of their own.
+        # a mixed precision have no type of their own.
         said = ("conditioned on metric", "`val_check_interval`", "does not allow for gradient clipping")
         lacks_package = isinstance(error, ModuleNotFoundError) and _raised_by_lightning(error)
         if isinstance(error, MisconfigurationException) or lacks_package or any(each in str(error) for each in said):
