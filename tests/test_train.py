@@ -171,6 +171,7 @@ def test_null_is_lightnings_default_and_writes_checkpoints(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_every_experiment_file_trains(name: str, tmp_path: Path) -> None:
+    assert small(f"experiment={name}") != small()
     results = train(tmp_path / "run", **small(f"experiment={name}", "data.val_size=100", "trainer.fast_dev_run=true"))
     assert results["test/loss"] < 5
 

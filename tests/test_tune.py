@@ -22,8 +22,8 @@ import yaml
 from conftest import Command
 
 from mnist_lit import UserError
-from mnist_lit.cli.config import CONF, ConfigFiles, checked_values, flatten, plain_values, settings
-from mnist_lit.cli.keys import is_under
+from mnist_lit.cli.config import CONF, ConfigFiles, checked_values, flatten, overrides_of_train, plain_values, settings
+from mnist_lit.cli.keys import TUNE_KEYS, is_under
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
@@ -541,8 +541,6 @@ def test_25_a_trial_whose_process_was_killed_before_it_began_does_not_stay_runni
 
 def test_what_a_search_changes_for_its_trials(tmp_path: Path) -> None:
     """Groups and keys of a file of one's own in place of tune.yaml, and not what an experiment has otherwise."""
-    from mnist_lit.cli.config import overrides_of_train
-
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "held.yaml").write_text("# @package _global_\ndata: {val_size: 700}\n")
     own = [
@@ -558,12 +556,11 @@ def test_what_a_search_changes_for_its_trials(tmp_path: Path) -> None:
         place, other = (CONF, tmp_path) if name == "tune" else (tmp_path, CONF)
         with hydra.initialize_config_dir(str(place), version_base="1.3", job_name="test"):
             config = hydra.compose(name, [*typed, f"hydra.searchpath=[file://{other}]"], return_hydra_config=True)
-        values = {key: value for key, value in plain_values(config).items() if key not in OWN}
+        values = {key: value for key, value in plain_values(config).items() if key not in TUNE_KEYS}
         files = ConfigFiles("train", str(tmp_path))
         given = overrides_of_train([*typed], values, config.hydra.runtime.choices, files)
         return flatten(plain_values(files.compose(given)))
 
-    OWN = {"n_trials", "storage", "study", "sampler", "pruner", "sampler_seed", "workers", "space"}
     usual = of_trials("tune")
     assert usual["data.val_size"] == 5000 and usual["trainer.enable_checkpointing"] is False
     assert of_trials("tune", "experiment=held")["data.val_size"] == 700

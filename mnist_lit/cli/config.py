@@ -12,12 +12,21 @@ from typing import Any
 
 from mnist_lit import UserError
 from mnist_lit.cli.errors import as_user_errors
-from mnist_lit.cli.keys import DATA_DIR, MULTI_GROUPS, NULLABLE, PATHS, QUOTED, SINGLE_GROUPS, TUNE_KEYS, is_under
+from mnist_lit.cli.keys import (
+    DATA_DIR,
+    GLOBAL_GROUPS,
+    MULTI_GROUPS,
+    NULLABLE,
+    PATHS,
+    QUOTED,
+    SINGLE_GROUPS,
+    TUNE_KEYS,
+    is_under,
+)
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
 CONF = next(path for base in Path(__file__).parents[1:3] if (path := base / "conf").is_dir())
-_OF_ALL = ("experiment", "debug", "local")  # groups whose files change other sections
 
 
 def settings(verb: str, *overrides: str) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def overrides_of_train(
     usual = files.compose([each for each in typed if key_of(each) in own]).hydra.runtime.choices
     own = {group: name for group, name in own.items() if group in usual}
     overrides = [*(f"{group}={name}" for group, name in own.items() if (usual[group] or "none") != name), *typed]
-    chosen = [f"{group}={name}" for group, name in own.items() if name != "none" and group not in _OF_ALL]
+    chosen = [f"{group}={name}" for group, name in own.items() if name != "none" and group not in GLOBAL_GROUPS]
     default, train = (flatten(plain_values(files.compose(each))) for each in (chosen, overrides))
     # What an experiment changes stays as it has it.
     changed = {

@@ -24,6 +24,8 @@ RUN_LENGTH_KEYS = ("scheduler.T_max", "scheduler.total_steps", "scheduler.total_
 SINGLE_GROUPS = ("data", "augment", "model", "loss", "optimizer", "scheduler")
 # Sections that have a class and its arguments by name.
 MULTI_GROUPS = ("metrics", "callbacks", "logger")
+# Groups whose files change other sections.
+GLOBAL_GROUPS = ("experiment", "debug", "local")
 # Of a search; the other keys of conf/tune.yaml are those of its trials.
 TUNE_KEYS = ("n_trials", "storage", "study", "sampler", "pruner", "sampler_seed", "workers", "space")
 # What ``data.dir`` is in the files of conf/data/, where nobody has chosen.

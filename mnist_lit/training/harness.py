@@ -298,9 +298,7 @@ def tidy_messages() -> None:
     """De-duplicate Lightning's messages, and silence the uninformative ones."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are ready in memory
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # the model logs by epoch
-    warnings.filterwarnings(
-        "ignore", message="When using the `ThroughputMonitor`, you need"
-    )  # images are what it counts
+    warnings.filterwarnings("ignore", message="When using the `ThroughputMonitor`, you need")  # it counts images
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")  # no validation split
     # The layouts are equal: with one input channel, its stride does not matter.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides.*")
