@@ -216,7 +216,10 @@ def test_hydras_own_ways_work(tmp_path: Path, command: Command) -> None:
     for arguments in (["--help"], ["--cfg", "job"]):
         shown = command("--config-dir=own", "--config-name=mine", "experiment=mine", *arguments, cwd=tmp_path)
         assert shown.returncode == 0 and "seed: 7" in shown.stdout and "alpha: 1" in shown.stdout, shown.stderr
-    assert "accurate, adam, mine, speedrun, validated" in command("--config-dir=own", "--help", cwd=tmp_path).stdout
+    assert (
+        "accurate, adam, mine, speedrun, speedrun_gpu, validated"
+        in command("--config-dir=own", "--help", cwd=tmp_path).stdout
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"own"}
 
     done = command(

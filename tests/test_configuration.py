@@ -25,7 +25,10 @@ REFUSALS = [
     ("optimiser=sgd", "unknown key optimiser; did you mean optimizer?"),
     ("qqq=1", "unknown key qqq (--help shows them all; + adds a new one)"),
     ("optimizer=sgdd", "optimizer=sgdd: there is no such choice; there are adadelta, adam, adamw"),
-    ("experiment=none", "experiment=none: there is no such choice; there are accurate, adam, speedrun, validated"),
+    (
+        "experiment=none",
+        "experiment=none: there is no such choice; there are accurate, adam, speedrun, speedrun_gpu, validated",
+    ),
     ("optimizer=sgd optimizer.rho=0.9", "unknown key optimizer.rho (--help shows them all"),
     ("optimizer=sgd optimizer.momentm=0.9", "unknown key optimizer.momentm; did you mean optimizer.momentum?"),
     ("epochs=3", "unknown key epochs; did you mean trainer.max_epochs?"),

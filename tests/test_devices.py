@@ -13,7 +13,7 @@ from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torchvision.transforms import ToTensor
 
-from mnist_lit import Interrupted
+from mnist_lit import Interrupted, UserError
 from mnist_lit.cli.config import settings
 from mnist_lit.data import scale
 from mnist_lit.evaluate import evaluate
@@ -243,3 +243,19 @@ class WhereTheImagesAre(L.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         loader = trainer.train_dataloader
         self.found[:] = [loader.dataset.images.device.type, next(iter(loader.sampler)).device.type]
+
+
+def test_the_first_loss_that_is_not_finite_is_named_though_they_are_looked_at_later(
+    device: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = MNISTClassifier.training_step
+
+    def training_step(model: Any, batch: Any, batch_idx: int) -> Any:
+        loss = step(model, batch, batch_idx)
+        return loss / torch.zeros_like(loss) if model.global_step == 4 else loss
+
+    monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
+    values = on(device, small("data.batch_size=100", "trainer.limit_train_batches=8"))
+    with pytest.raises(UserError, match="the loss is not finite at step 5 "):
+        train(tmp_path / "run", **values)
+    assert not (tmp_path / "run" / runs.LAST).exists()

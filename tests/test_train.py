@@ -172,8 +172,12 @@ def test_null_is_lightnings_default_and_writes_checkpoints(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_every_experiment_file_trains(name: str, tmp_path: Path) -> None:
     assert small(f"experiment={name}") != small()
-    results = train(tmp_path / "run", **small(f"experiment={name}", "data.val_size=100", "trainer.fast_dev_run=true"))
-    assert results["test/loss"] < 5
+    asked = [f"experiment={name}", "data.val_size=100", "trainer.fast_dev_run=true"]
+    if name == "speedrun_gpu":
+        with pytest.raises(UserError, match=r"needs trainer\.accelerator=gpu"):
+            train(tmp_path / "cpu", **small(*asked))
+        asked += ["trainer.accelerator=gpu"] if torch.cuda.is_available() else ["callbacks=none"]
+    assert train(tmp_path / "run", **small(*asked))["test/loss"] < 5
 
 
 def test_csv_and_tensorboard_loggers_write_offline(tmp_path: Path) -> None:

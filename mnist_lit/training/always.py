@@ -58,28 +58,26 @@ class FirstEpochOfProcess(L.Callback):
 class StopOnNaN(L.Callback):
     """Stops a run at the first NaN or infinite loss, before any checkpoint is overwritten.
 
-    On a GPU the loss is checked every few steps, to avoid a synchronization at each; the step reported is exact.
+    On a GPU the losses are looked at every few steps, to avoid a synchronization at each; the step reported is exact.
     """
 
     CHECK_EVERY = 50
 
     def __init__(self) -> None:
-        self._first: torch.Tensor | None = None  # the first step with such a loss; 0 for none
+        self._losses: list[tuple[int, torch.Tensor]] = []  # those not looked at yet, after the number of their step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        finite = outputs["loss"].detach().isfinite()
-        if finite.device.type == "cpu":
-            if not finite:
-                self._stop(trainer, trainer.global_step)
+        self._losses.append((trainer.global_step, outputs["loss"].detach()))
+        is_due = trainer.global_step % self.CHECK_EVERY == 0 or trainer.is_last_batch
+        if not is_due and pl_module.device.type != "cpu":
             return
-        step = torch.full_like(finite, trainer.global_step, dtype=torch.int64)
-        now = torch.where(finite, 0, step)
-        self._first = now if self._first is None else torch.where(self._first == 0, now, self._first)
-        due = trainer.global_step % self.CHECK_EVERY == 0 or trainer.is_last_batch
-        if due and (first := int(self._first)):
-            self._stop(trainer, first)
+        losses, self._losses = self._losses, []
+        finite = torch.stack([loss for _, loss in losses]).isfinite().tolist()
+        for (step, _), is_finite in zip(losses, finite, strict=True):
+            if not is_finite:
+                self._stop(trainer, step)
 
     def _stop(self, trainer: L.Trainer, step: int) -> None:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
