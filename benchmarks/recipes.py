@@ -54,8 +54,8 @@ HEAD = """\
 # Recipes
 
 The tutorial's network, trained otherwise, by one word on the command line: `experiment=speedrun` gets to the tutorial's
-accuracy in little time, `experiment=accurate` further, with augmented images. The files in
-[conf/experiment/](../conf/experiment) have the reason for each line.
+accuracy in little time, `experiment=accurate` further, with augmented images; a GPU's `experiment=speedrun_gpu` is in
+[gpu.md](gpu.md). The files in [conf/experiment/](../conf/experiment) have the reason for each line.
 `make recipes DATA=FOLDER` made this page, `recipes.json` and the picture. Seconds are from the first batch to the last test
 batch; a command is that and what comes before and after it: imports, reading the data, the report. Accuracies are of the
 10,000 test images; the recipes were chosen by the accuracy on 5,000 to 20,000 of the training images, and tested when they

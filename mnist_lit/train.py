@@ -62,7 +62,6 @@ def train(
     # Imported here because they take ten seconds, for which --help and a mistyped key should not have to wait.
     with loading("PyTorch and Lightning"):
         import lightning as L
-        import torch
 
         from mnist_lit.build import instantiate
         from mnist_lit.kernels.memory import keep_freed_memory
@@ -75,8 +74,6 @@ def train(
         from mnist_lit.training.recorder import RunRecorder
 
     keep_freed_memory()
-    if float32_matmul_precision:
-        torch.set_float32_matmul_precision(float32_matmul_precision)
     L.seed_everything(seed, verbose=False)
     modules = harness.build_module("augment", augment), harness.build_module("loss", loss)
     classifier = MNISTClassifier(model, optimizer, scheduler, *modules, harness.build_metrics(metrics))
@@ -93,7 +90,7 @@ def train(
     config |= {"checkpoint": checkpoint or {}, "logger": logger}
     config |= {"float32_matmul_precision": float32_matmul_precision, **sections}
     is_first = lightning_trainer.is_global_zero
-    with runs.locked(folder) if is_first else nullcontext():
+    with runs.locked(folder) if is_first else nullcontext(), harness.matmul_precision(float32_matmul_precision):
         if is_first:
             (runs.reopen if resume else runs.create)(folder, config, facts_of(datamodule))
         harness.log_header(lightning_trainer, classifier, datamodule, config, resume)

@@ -89,6 +89,18 @@ def test_help_shows_what_an_experiment_chooses() -> None:
     assert "# ---- optimizer: sgd " in help_text("train", ["experiment=adam", "optimizer=sgd"])
 
 
+def test_help_shows_what_an_experiment_chooses_that_begins_with_another(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    mine = "# @package _global_\ndefaults: [speedrun, override /loss: none]\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(mine)
+    text = help_text("train", ["experiment=mine"], str(tmp_path))
+    assert "# ---- scheduler: onecycle " in text and "# ---- loss: none " in text
+    composed = ConfigFiles("train", str(tmp_path)).compose(["experiment=mine"])
+    assert (
+        composed.hydra.runtime.choices["scheduler"] == "onecycle" and composed.hydra.runtime.choices["loss"] == "none"
+    )
+
+
 @pytest.mark.parametrize(("overrides", "sentence"), REFUSALS)
 def test_28_mistakes_are_refused_in_one_sentence(overrides: str, sentence: str) -> None:
     with pytest.raises(UserError) as error:

@@ -3,7 +3,9 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -253,10 +255,21 @@ def test_callbacks_of_the_users_own_come_beside_those_of_the_run(tmp_path: Path)
     assert (tmp_path / "run" / CHECKPOINTS[0]).exists()
 
 
-def test_the_precision_of_matrix_products_is_torchs(tmp_path: Path) -> None:
-    try:
-        train(tmp_path, **small("float32_matmul_precision=medium"))
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+class Precision(L.Callback):
+    """What torch's precision of matrix products was while the run trained and tested."""
+
+    found: ClassVar[list[str]] = []
+
+    def on_train_start(self, *_: Any) -> None:
+        self.found.append(torch.get_float32_matmul_precision())
+
+    def on_test_start(self, *_: Any) -> None:
+        self.found.append(torch.get_float32_matmul_precision())
+
+
+def test_the_precision_of_matrix_products_is_torchs_and_only_that_runs(tmp_path: Path) -> None:
+    values = small("float32_matmul_precision=medium")
+    values["trainer"]["callbacks"] = [{"_target_": f"{__name__}.Precision"}]
+    train(tmp_path, **values)
+    assert Precision.found == ["medium", "medium"] and torch.get_float32_matmul_precision() == "highest"
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["float32_matmul_precision"] == "medium"

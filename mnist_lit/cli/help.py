@@ -23,10 +23,14 @@ def help_text(name: str, overrides: list[str], user_folder: str | None = None) -
     if text is None:
         return f"there is no {name}.yaml in {' or '.join(map(str, folders))}"
     chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
-    for body in [text_of(f"{group}/{option}") for group, option in chosen.items()]:  # an experiment chooses others
-        for entry in (yaml.safe_load(body or "") or {}).get("defaults", []):
-            for group, option in entry.items() if isinstance(entry, dict) else ():
-                chosen.setdefault(group.removeprefix("override /"), option)
+    files = [*chosen.items()]
+    for folder, file in files:  # an experiment chooses others, and may begin with another experiment
+        for entry in (yaml.safe_load(text_of(f"{folder}/{file}") or "") or {}).get("defaults", []):
+            if isinstance(entry, dict):
+                for other, choice in entry.items():
+                    chosen.setdefault(other.removeprefix("override /"), choice)
+            elif entry != "_self_":
+                files.append((folder, entry))
     parts = [text]
     for entry in (yaml.safe_load(text) or {}).get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":

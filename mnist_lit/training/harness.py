@@ -205,6 +205,20 @@ def prepare_data(
 
 
 @contextmanager
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """In this block, float32 matrix products on a GPU have this precision; None: the one they have."""
+    if not precision:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def fitting(trainer: L.Trainer, is_new: bool) -> Iterator[None]:
     """In this block, log lines appear above the progress bar; at its end, those that stopped the run early say why.
 
