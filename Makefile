@@ -48,10 +48,10 @@ base:  ## make .venv with the package and what training needs, as requirements.l
 setup: base  ## add everything else: the other verbs, launchers, tests (requirements-dev.lock)
 	@$(INSTALL) requirements-dev.lock
 
-train: base  ## run the tutorial to its end
-	$(RUN) -m mnist_lit.train $(ARGS)
+train: base  ## run the tutorial to its end (DATA=FOLDER: where MNIST is, or goes)
+	$(RUN) -m mnist_lit.train $(DATA_DIR) $(ARGS)
 
-demo: setup  ## draw a digit: serve the newest trained model, or train a small one first
+demo: setup  ## draw a digit: serve the newest trained model, or train one for 1,000 steps first
 	@$(RUN) -c "from mnist_lit.cli.latest import resolve; resolve('latest')" 2>/dev/null || \
 		$(RUN) -m mnist_lit.train optimizer=adam trainer.max_steps=1000 trainer.max_epochs=-1 $(DATA_DIR)
 	$(RUN) -m mnist_lit.serve open_browser=true $(ARGS)

@@ -36,8 +36,8 @@ HEAD = """\
 `predict` and `serve` ask a small network of its own ([detector.py](../mnist_lit/inference/detector.py), {parameters:,}
 parameters) whether a picture shows a digit, before they say which. It was trained on MNIST's training digits, on these
 written on paper of many kinds and on printed ones, and on letters, words, shapes, textures and noise, all made by
-[no_digits.py](../benchmarks/no_digits.py) from the fonts that come with Matplotlib. Its threshold lets pass
-{passes:.1%} of 5,000 of MNIST's training digits that it was not trained on.
+[no_digits.py](../benchmarks/no_digits.py) from the fonts that come with Matplotlib. Its threshold lets
+{passes:.1%} of 5,000 of MNIST's training digits pass that it was not trained on.
 
 What it says of {count:,} new pictures of each kind. Those that the preparation refuses by itself, as blank or as two
 shapes, are not among them.

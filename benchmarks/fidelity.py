@@ -40,7 +40,7 @@ page, `fidelity.json` and the picture. Intervals are of 95 %: of a mean by Stude
 
 On a GPU, Keras runs on JAX, and this project without its compiled operator and its own draws for dropout: plain PyTorch.
 
-"One order" are trainings that see the images in the same order in every epoch. Keras does that on TensorFlow once
+"One order" is for trainings that see the images in the same order in every epoch. Keras does that on TensorFlow once
 TensorFlow has a seed, as `keras.utils.set_random_seed` gives it one (`KERAS_BACKEND=tensorflow python
 benchmarks/keras_order.py 0` shows it); without a seed, as in the tutorial, and on JAX and PyTorch it shuffles anew. Earlier
 comparisons were with such runs, and found Keras' test accuracy higher by 0.0005.
@@ -131,8 +131,8 @@ def document(state: dict[str, list[dict[str, Any]]]) -> str:
     for name in (KERAS, KERAS_JAX):
         if len(state.get(name, [])) > 1:
             lines += ["", verdict(name, [difference(values(ours, *n), values(state[name], *n)) for n in numbers])]
-    lines += ["", "## Training, epoch by epoch", "", "| epoch | train loss: Keras | here | difference |"]
-    lines[-1] += " train accuracy: Keras | here | difference |"
+    lines += ["", "## Training, epoch by epoch", "", f"| epoch | train loss: {reference} | here | difference |"]
+    lines[-1] += f" train accuracy: {reference} | here | difference |"
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     outside = 0
     for epoch in range(len(ours[0]["train/loss"])):

@@ -183,11 +183,12 @@ from the end of the first step to the end of the last, the median over seeds (lo
 tutorials write it, twelve times its second epoch. A command's first seconds, for imports, CUDA's start and the capture, are not
 in it. `callbacks=cuda_graphs`, which the speedrun has, captures the network's passes; where the step is one graph, the
 optimizer, the loss and the accuracy are in it, too. The hand-written loops write no checkpoints. The marks are this project's.
+What waits for the CPU, as Lightning does, depends on the machine's: compare within a table.
 """
 ABOUT = {
-    "speedrun": "The precision is bf16-mixed. The settings were chosen on 10,000 of the training images; these are the test's, "
-    "on which three runs with smaller batches had been tested before.",
-    "tutorial": "The precision is 32-true, in which convolutions use TF32, as cuDNN's default is.",
+    "speedrun": "The speedrun's precision is bf16-mixed. Its settings were chosen on 10,000 of the training images; accuracies are of "
+    "the test images, on which three runs with smaller batches had been tried before.",
+    "tutorial": "The precision is 32-true, in which convolutions use TF32, as is cuDNN's default.",
 }
 
 

@@ -154,7 +154,7 @@ def row(name: str, runs: list[dict[str, Any]]) -> str:
     if len(runs) > 1:
         mean = "{:.4f} ± {:.4f}".format(*mean_and_half(accuracies))
     whole = [run["command_seconds"] for run in runs if run.get("command_seconds")]
-    command = f"{statistics.median(whole):.1f}" if whole else ""
+    command = f"{statistics.median(whole):.1f}" if len(whole) == len(runs) else ""  # not of one that was resumed
     spread = f"{min(accuracies):.4f}–{max(accuracies):.4f}"
     loss = statistics.mean(run["test/loss"] for run in runs)
     return f"| {name} | {len(runs)} | {mean} | {spread} | {loss:.4f} | {median(runs):.1f} | {command} |"

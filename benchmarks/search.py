@@ -165,7 +165,7 @@ def document(found: list[dict[str, Any]], tutorial: float) -> str:
             f"{mean - half:+.4f} to {mean + half:+.4f}: {verdict}."
         )
     lines.append(
-        f"- The tutorial's own settings, trained as shortly with the same {len(FRESH_SEEDS)} seeds: {tutorial:.4f}."
+        f"- The tutorial's own settings, trained for as few steps with the same {len(FRESH_SEEDS)} seeds: {tutorial:.4f}."
     )
     return "\n".join(lines) + "\n"
 

@@ -26,7 +26,8 @@ GROUPS = [
 ]
 # Files outside of docs/ that pages link to, and the pages that show them.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
-PAGES |= dict.fromkeys(["conf", "conf/experiment", "conf/train.yaml", "conf/tune.yaml"], "configuration.md")
+PAGES |= dict.fromkeys(["conf", "conf/train.yaml", "conf/tune.yaml"], "configuration.md")
+PAGES |= {f"conf/{group}": f"configuration.md#{group}" for group in GROUPS}
 PAGES |= {f"mnist_lit/{name}.py": f"source.md#{name}" for name in ("network", "data", "model", "train")}
 PAGES["examples/one_file.py"] = "source.md#on-one-page"
 
@@ -49,7 +50,15 @@ def written_out(text: str) -> str:
     text = re.sub(r"<!-- README: (.*?) -->", lambda found: section(found[1]), text)
     text = re.sub(r"<!-- file: (.*?) -->", lambda found: from_root((ROOT / found[1]).read_text("utf-8")), text)
     text = text.replace("<!-- configuration -->", "\n\n".join(configuration()))
-    return re.sub(r"\]\(\.\./([^)#]+?)/?(#[^)]*)?\)", lambda link: f"]({PAGES.get(link[1], link[0][2:-1])})", text)
+    return re.sub(r"\]\(\.\./([^)#]+?)/?(#[^)]*)?\)", shown, text)
+
+
+def shown(link: re.Match[str]) -> str:
+    """The link to a file outside of docs/ as one to the page that shows it, if one does."""
+    page = PAGES.get(link[1])
+    if not page:
+        return link[0]
+    return f"]({page if '#' in page else page + (link[2] or '')})"
 
 
 def section(title: str) -> str:

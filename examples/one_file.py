@@ -28,7 +28,7 @@ class TutorialCNN(L.LightningModule):
             nn.Sigmoid(),
             nn.Linear(250, 10),  # logits: the softmax of the tutorial's last layer is part of cross_entropy
         )
-        for name, parameter in self.network.named_parameters():  # Keras's initial values, not PyTorch's
+        for name, parameter in self.network.named_parameters():  # Keras' initial values, not PyTorch's
             if name.endswith("weight"):
                 nn.init.xavier_uniform_(parameter)  # named after Xavier Glorot
             else:
@@ -52,7 +52,7 @@ class TutorialCNN(L.LightningModule):
         self.log("test/acc", (logits.argmax(dim=1) == labels).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Keras's defaults when the tutorial was written; today's lr is 0.001.
+        # Keras' defaults when the tutorial was written; today's lr is 0.001.
         return torch.optim.Adadelta(self.parameters(), lr=1.0, rho=0.95, eps=1e-7)
 
 
