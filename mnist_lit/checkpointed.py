@@ -65,7 +65,7 @@ class CheckpointedModule(L.LightningModule):
         self.trained_on += [] if facts in self.trained_on else [facts]
 
     def on_test_start(self) -> None:
-        if reason := why_not_to_test(self.trained_on, self._facts(self.trainer.test_dataloaders)["name"]):
+        if reason := why_not_to_test(self.trained_on, self._facts(self.trainer.test_dataloaders)):
             raise UserError(reason)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -50,13 +50,14 @@ def convert(
     to_checkpoint = target_path.suffix == ".ckpt"
     if not to_checkpoint and (source_path.suffix != ".ckpt" or not target_path.name.endswith(KERAS)):
         raise UserError(f"source={source} target={target}: one must end in .ckpt, the other in {' or '.join(KERAS)}")
-    if not source_path.exists() and not Path(f"{source}.index").exists():  # that is a TensorFlow checkpoint
+    if not os.path.exists(source_path) and not os.path.exists(f"{source}.index"):  # that is a TensorFlow checkpoint
         raise UserError(f"source={source}: no such file")
+    require_packages("convert", "keras")
     description = read_description(source_path) if to_checkpoint else {}
     require_free("target", target_path, overwrite)
-    require_packages("convert", "keras")
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = "torch"  # another choice, in the environment or ~/.keras, may not be installed
+        os.environ["KERAS_TORCH_DEVICE"] = "cpu"  # a GPU's convolutions round to ten bits
     with loading("Keras"):
         import keras  # noqa: F401
     if to_checkpoint:
@@ -172,7 +173,7 @@ def save_keras(keras_model: Any, path: Path, name: str) -> None:
     import numpy as np
 
     ending = next(each for each in KERAS if name.endswith(each))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / f"model{ending}"
         logging.getLogger("absl").setLevel(logging.ERROR)  # by which Keras advises against .h5
         (keras_model.save_weights if ending == ".weights.h5" else keras_model.save)(written)

@@ -84,7 +84,7 @@ def export(
             raise UserError(
                 f"{model.path} is a model for other data: its network takes no {where} ({one_line(error)})"
             ) from error
-    reason = why_not_to_test(model.trained_on, name)
+    reason = why_not_to_test(model.trained_on, facts_of(datamodule))
     metadata = {
         "version": f"mnist_lit {__version__}",
         "network": json.dumps(model.description),

@@ -47,7 +47,7 @@ class ImageFolderDataModule(MNISTDataModule):
         """There is nothing to download."""
 
     def read(self) -> tuple[dict[str, Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
-        if not self.dir.is_dir():
+        if not os.path.isdir(self.dir):
             raise UserError(f"data.dir={self.dir}: there is no such folder")
         train, test = (_part(self.dir, names) for names in (TRAIN, TEST))
         if test and not train:

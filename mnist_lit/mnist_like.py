@@ -1,6 +1,7 @@
 """``MNISTLikeDataModule``: torchvision's other data sets of grey images with 28x28 pixels, such as Fashion-MNIST."""
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,9 +78,9 @@ class MNISTLikeDataModule(MNISTDataModule):
     def _errors_as_user_errors(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        except (OSError, RuntimeError, TypeError, ValueError, AssertionError, pickle.UnpicklingError) as error:
             where = self.dir / self.dataset
             raise UserError(
                 f"{where} has no data set that torchvision can read ({one_line(error)}); data.dir= is the folder that "
-                f"{self.dataset}/raw/ with its files is in"
+                f"{self.dataset}/raw/ with its files is in; if they are damaged, delete them, and the next run downloads them"
             ) from error

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mnist_lit.sweeps import records
 from mnist_lit.sweeps.records import Record
 from mnist_lit.sweeps.summary import METRICS
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mnist_lit.runs")  # as a command, __name__ is "__main__"
 
 FACTS = ("folder", "started", "status", "data", "changes", "epochs", "max_epochs", "fit_seconds", "reason")
 SHOWN = ("folder", "started", "status", "data", "epochs", *METRICS[:4], "fit_seconds", "changes")  # on the terminal
@@ -51,17 +52,21 @@ def runs(
             png = "" if compare else "; .png shows the curves of runs: compare=[RUN,RUN]"
             raise UserError(f"output={output}: must end in .csv{' or .png' if compare else png}")
         require_free("output", Path(output), overwrite)
-    if not base.is_dir():
+    if not os.path.isdir(base):
         raise UserError(f"folder={folder}: there is no such folder")
+    if compare and where:
+        raise UserError(f"where={where}: compare= names the runs itself")
     if compare:
         chosen = [records.read(_find(str(name), base), base) for name in compare]
+        chosen = chosen if sort == "started" else _sorted(chosen, sort)
         keys = records.differing(chosen)
     else:
         chosen, skipped = records.find(base)
         for reason in skipped:
             log.warning("skipped: %s", printable(reason, 500))
         chosen = _sorted(_selected(chosen, where or ""), sort)
-        keys = list(dict.fromkeys(key for record in chosen for key in record.changes))
+        keys = [key for record in chosen for key in record.changes]
+        keys += [key for record in chosen for key in record.settings if key == sort.removeprefix("-")]
     columns = dict.fromkeys([*(key for record in chosen for key in record.facts), *keys])
     rows = [{key: record.facts.get(key, record.settings.get(key)) for key in columns} for record in chosen]
     if output is not None and Path(output).suffix.lower() == ".png":
@@ -73,17 +78,18 @@ def runs(
 
 def _find(name: str, base: Path) -> Path:
     for path in (base / name, Path(name).expanduser()):
-        if path.is_dir():
+        if os.path.isdir(path):
             return path
     raise UserError(f"compare: there is no run {name} in {base}")
 
 
 def _selected(found: list[Record], where: str) -> list[Record]:
     """Those for which every word of ``where`` holds."""
+    all_found = found
     for word in where.split():
         key, equals, value = word.partition("=")
         if equals:
-            _require_known(key, found, f"where={where}")
+            _require_known(key, all_found, f"where={where}")
             found = [each for each in found if _has(each.facts, key, value) or _has(each.settings, key, value)]
         else:
             found = [each for each in found if word in each.facts["folder"]]

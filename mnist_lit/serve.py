@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import threading
 import webbrowser
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,7 +52,8 @@ def serve(
         def ready() -> None:
             print(f"ready: {address} (press Ctrl-C to quit)", flush=True)
             if open_browser:
-                webbrowser.open(address)
+                # Some browsers are waited for, and they wait for the page.
+                threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
         if allow_remote:
             print("warning: any machine that can reach this one can use the server", file=sys.stderr)

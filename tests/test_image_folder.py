@@ -204,6 +204,11 @@ def test_it_is_trained_on_resumed_and_evaluated_with_the_names_of_its_classes(
     monkeypatch.chdir(tmp_path / "later")
     again = evaluate("test", **settings("evaluate", f"ckpt={run}", "data=image_folder", "trainer.accelerator=cpu"))
     assert again["test/confusion_matrix"] == results(run)["test/confusion_matrix"]
+    shutil.copytree(next((pictures / "test").glob("*7")), tmp_path / "two" / "seven")
+    shutil.copytree(next((pictures / "test").glob("*3")), tmp_path / "two" / "three")
+    with pytest.raises(UserError, match="the classes of these data are not those that"):
+        others = f"ckpt={run}", "data=image_folder", f"data.dir={tmp_path}/two", "trainer.accelerator=cpu"
+        evaluate("other", **settings("evaluate", *others))
     (row,) = predict(next((pictures / "test").glob("*7/*")), run, preprocess="none")
     assert row["name"] == names[row["digit"]]
 

@@ -275,6 +275,8 @@ def test_arrays_that_cannot_be_read_say_why(good_run: Path, arrays: Path) -> Non
     ):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (-1, 28, 28)})
         file.write(bytes(2**20))
+    with zipfile.ZipFile(arrays / "bzip2.npz", "w", zipfile.ZIP_BZIP2) as archive, archive.open("x.npy", "w") as file:
+        np.save(file, np.zeros((1, 28, 28), np.uint8))
     np.savez_compressed(arrays / "crowd.npz", *(np.zeros((600_000, 2, 2), np.uint8) for _ in range(2)))
     shutil.copy(arrays / "keras.npz", arrays / "zip.npy")
     os.mkfifo(arrays / "pipe.npy")
@@ -287,6 +289,7 @@ def test_arrays_that_cannot_be_read_say_why(good_run: Path, arrays: Path) -> Non
         "cut.npz": "is damaged",
         "cut.npy": "is damaged",
         "bomb.npz": r"is damaged \(an array of 1,683,627,180,032 bytes; at most 1,073,741,824 are read\)",
+        "bzip2.npz": r"is damaged \(compressed otherwise than by NumPy\)",
         "negative.npz": r"is damaged \(the shape of an array is negative\)",
         "crowd.npz": "has more than 1,000,000 images",
         "zip.npy": "is damaged",

@@ -165,6 +165,7 @@ def test_they_are_sorted_by_any_column_or_setting(sort: str, names: str, three: 
         ("optimizer.lr=10.0", "a"),
         ("scheduler=null", "ba"),
         ("optimizer=adadelta scheduler=cosine", "c"),
+        ("optimizer=adam optimizer.rho=0.95", ""),  # a key of others only
         ("status=finished data=mnist", "cba"),
         ("b", "b"),
         ("status=failed", ""),
@@ -185,6 +186,7 @@ def test_they_are_selected_by_words_that_all_hold(where: str, names: str, three:
         ({"output": "x.txt", "compare": ["a", "b"]}, "output=x.txt: must end in .csv or .png"),
         ({"output": "x.png", "compare": ["a", "b"]}, "output=x.png: none of these runs has recorded an epoch"),
         ({"output": "no/x.csv"}, "output=no/x.csv: there is no folder no"),
+        ({"compare": ["a", "b"], "where": "b"}, "where=b: compare= names the runs itself"),
         ({"folder": "nowhere"}, "folder=nowhere: there is no such folder"),
     ],
 )
@@ -192,6 +194,11 @@ def test_mistakes_are_refused_in_one_sentence(arguments: dict[str, Any], sentenc
     with pytest.raises(UserError) as error:
         runs(**{"folder": three, **arguments})
     assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+def test_a_setting_that_they_are_sorted_by_is_a_column_though_none_has_changed_it(three: Path) -> None:
+    assert [row["optimizer.eps"] for row in runs(three, sort="-optimizer.eps")] == [1e-8, 1e-7, 1e-7]
+    assert [row["folder"] for row in runs(three, sort="-optimizer.lr", compare=["a", "b", "c"])] == ["b", "c", "a"]
 
 
 def test_the_table_as_csv_has_a_column_for_each_setting_that_was_changed(three: Path, tmp_path: Path) -> None:
@@ -249,6 +256,13 @@ def test_44_a_damaged_or_foreign_folder_is_named_and_the_others_are_listed(
     assert message.startswith("skipped: ") and f"bad/{name}" in message and len(message) < 600
     with pytest.raises(UserError, match=name):
         runs(tmp_path, compare=["good", "bad"])
+
+
+def test_44_the_command_says_what_it_has_skipped(tmp_path: Path, command: Command) -> None:
+    begun(tmp_path / "good", test_acc=0.9)
+    (begun(tmp_path / "bad") / "config.yaml").write_text("[")
+    done = command("folder=.", cwd=tmp_path, verb="runs")
+    assert "good" in done.stdout and done.stderr.startswith("skipped: ") and done.stderr.count("\n") == 1
 
 
 def test_values_of_other_types_are_no_values(tmp_path: Path) -> None:

@@ -94,9 +94,19 @@ def test_loading_needs_neither_lightning_nor_torchvision(finished_run: Path) -> 
 
 def test_a_model_of_the_full_set_is_not_tested_on_the_sample() -> None:
     full, sample = {"name": "mnist"}, {"name": "mnist-sample"}
-    assert "data.source=mnist" in why_not_to_test([sample, full], "mnist-sample")
-    assert not why_not_to_test([sample], "mnist-sample")
-    assert not why_not_to_test([sample, full], "mnist")
+    assert "data.source=mnist" in why_not_to_test([sample, full], sample)
+    assert not why_not_to_test([sample], sample)
+    assert not why_not_to_test([sample, full], full)
+
+
+def test_a_model_is_not_tested_on_other_classes_of_the_same_kind_of_data() -> None:
+    all_ten, two = ({"name": "image_folder", "classes": [*each]} for each in ("0123456789", "37"))
+    reason = why_not_to_test([two, all_ten], two)
+    assert reason.endswith("those that the model was trained on: 3, 7 instead of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
+    assert not why_not_to_test([two, all_ten], all_ten)
+    # Those of other data are named otherwise: "0 - zero" in QMNIST.
+    assert not why_not_to_test([all_ten], {"name": "QMNIST", "classes": ["0 - zero"]})
+    assert not why_not_to_test([{"name": "mnist"}], all_ten)
 
 
 @pytest.mark.parametrize(

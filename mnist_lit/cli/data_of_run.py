@@ -36,7 +36,7 @@ def with_data_of_run(data: Mapping[str, Any], checkpoint: Path, trust: Iterable[
     if "dir" in data or not isinstance(place, str) or own["_target_"] != data["_target_"]:
         return data
     where = runs.working_directory(folder) / os.path.expanduser(place)
-    if where.is_dir():
+    if os.path.isdir(where):  # Path's would raise where it may not look
         return {**data, "dir": runs.display_path(where)}
     if where != Path(place).absolute() and "sample" not in (own.get("source"), data.get("source")):
         log.warning("%s had its data in %s, which is not there now: data.dir= says where they are", folder, where)

@@ -109,6 +109,9 @@ def _entry(path: str, key: str) -> np.ndarray | None:
     None for Python objects, such as names, which are not read.
     """
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+        # Others it would expand at once, however large that is.
+        if archive.getinfo(f"{key}.npy").compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("compressed otherwise than by NumPy")
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran_order, dtype = read_header[version](file)

@@ -15,8 +15,7 @@ def contact_sheet_of(cells: list[tuple[dict[str, Any], np.ndarray | None]]) -> b
     """A PNG file showing the first ``MAX_IMAGES`` images with their predicted digits or names of classes, probabilities and file names.
 
     Args:
-        cells: Each prediction, as ``predict`` returns them, with its image: uint8 [28, 28], or None if it could not be
-            read.
+        cells: Each prediction, as ``predict`` returns them, with its image: uint8 [28, 28], or None if it was refused.
     """
     cells = cells[:MAX_IMAGES]
     columns = min(12, max(4, math.ceil(math.sqrt(len(cells)))))
@@ -28,7 +27,7 @@ def contact_sheet_of(cells: list[tuple[dict[str, Any], np.ndarray | None]]) -> b
         name = name if len(name) <= 15 else f"{name[:6]}...{name[-6:]}"
         if pixels is None:
             draw.rectangle((left, top, left + SIZE, top + SIZE), fill="#eeeeee")
-            text, color = "unreadable", "#b00020"
+            text, color = "refused", "#b00020"
         else:
             sheet.paste(Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.NEAREST), (left, top))
             text, color = "no digit", "#b00020"

@@ -22,11 +22,12 @@ def require_free(key: str, path: Path, overwrite: bool) -> None:
     Raises:
         UserError: ``path``, the value of ``key``, must not be overwritten, or its folder does not exist.
     """
-    if path.is_dir():
+    # Not by Path's methods, which raise where this user may not look.
+    if os.path.isdir(path):
         raise UserError(f"{key}={path}: is a folder")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise UserError(f"{key}={path}: exists already (overwrite=true replaces it)")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(f"{key}={path}: there is no folder {path.parent}")
 
 

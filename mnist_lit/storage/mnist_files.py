@@ -116,7 +116,7 @@ def fetch_missing_files(folder: Path) -> None:
     if not missing_files(folder):
         return
     raw = folder / RAW
-    new_folders = [each for each in (raw, *raw.parents) if not each.exists()]
+    new_folders = [each for each in (raw, *raw.parents) if not os.path.exists(each)]
     try:
         raw.mkdir(parents=True, exist_ok=True)
         with FileLock(raw / ".lock"):  # of several processes that start together, one downloads

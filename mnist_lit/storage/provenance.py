@@ -1,6 +1,6 @@
 """Data provenance: which data a model was trained on, and whether it may be tested on a given data set."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MNIST_NAME, SAMPLE_NAME = "mnist", "mnist-sample"  # how all of a run's files name the data
@@ -26,13 +26,18 @@ def trained_on(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     return checkpoint.get("data", [UNKNOWN_DATA])
 
 
-def why_not_to_test(trained_on: Iterable[Mapping[str, Any]], data: str) -> str:
-    """Why the test accuracy on ``data`` would be meaningless; empty if it is not.
+def why_not_to_test(trained_on: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> str:
+    """Why the test accuracy on ``data``, its facts, would be meaningless; empty if it is not.
 
-    The sample's test images are training images of the full MNIST, so testing on them would leak training data.
+    The sample's test images are training images of the full MNIST, so testing on them would leak training data. Labels are
+    numbers, which stand for the same classes only if the names are the same.
     """
+    alike = [facts["classes"] for facts in trained_on if facts["name"] == data["name"] and facts.get("classes")]
+    if alike and data.get("classes") not in (None, alike[-1]):
+        names, own = (", ".join(map(str, each)) for each in (data["classes"], alike[-1]))
+        return f"the classes of these data are not those that the model was trained on: {names} instead of {own}"
     others = [facts["name"] for facts in trained_on if facts["name"] != SAMPLE_NAME]
-    if not others or data != SAMPLE_NAME:
+    if not others or data["name"] != SAMPLE_NAME:
         return ""
     return (
         f"this model was trained on other data than the sample ({', '.join(others)}), and the sample's test images "

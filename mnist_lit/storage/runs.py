@@ -70,7 +70,7 @@ def suggest_intact(folder: Path, damaged: Path, key: str) -> str:
 
 def checkpoint_of(folder: Path) -> Path | None:
     """A run's best checkpoint by validation, else its last; None if it has neither."""
-    return next((path for name in (BEST, LAST) if (path := folder / name).is_file()), None)
+    return next((path for name in (BEST, LAST) if os.path.isfile(path := folder / name)), None)
 
 
 def display_path(folder: Path) -> str:
