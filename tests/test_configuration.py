@@ -13,7 +13,7 @@ from helpers import OFF, ROOT, small
 
 from mnist_lit import UserError
 from mnist_lit.cli import schema
-from mnist_lit.cli.config import ConfigFiles, quoted, settings
+from mnist_lit.cli.config import ConfigFiles, absolute_paths, quoted, settings
 from mnist_lit.cli.help import help_text
 from mnist_lit.cli.keys import TUNE_KEYS
 from mnist_lit.train import train
@@ -262,6 +262,7 @@ def test_help_shows_each_of_several_files() -> None:
         ("evaluate", ["~data", "ckpt=nowhere"], "missing a required argument: 'data'"),
         ("tune", ["~data"], "train has no key data.batch_size"),
         ("tune", ["~checkpoint"], "a search needs the section checkpoint"),
+        ("tune", ["~workers", "~storage"], "a search needs storage, workers"),
     ],
 )
 def test_clashing_flags_and_deleted_sections_take_a_sentence(
@@ -376,3 +377,15 @@ def test_a_run_that_a_callback_refuses_is_no_run(tmp_path: Path, command: Comman
     small = ["data.source=sample", "trainer.accelerator=cpu", "trainer.limit_train_batches=2", "trainer.max_epochs=1"]
     done = command(*small, "callbacks=lr_monitor", "hydra.run.dir=r", cwd=tmp_path)
     assert done.returncode == 1 and "LearningRateMonitor" in done.stderr and not (tmp_path / "r").exists(), done
+
+
+@pytest.mark.parametrize(
+    ("storage", "absolute"),
+    [
+        ("sqlite:///outputs/tune.db", "sqlite:////there/outputs/tune.db"),
+        ("sqlite:////elsewhere/tune.db", "sqlite:////elsewhere/tune.db"),
+        ("postgresql://host/tune", "postgresql://host/tune"),
+    ],
+)
+def test_a_database_stays_where_it_is_when_the_directory_changes(storage: str, absolute: str) -> None:
+    assert absolute_paths({"storage": storage}, "/there") == {"storage": absolute}

@@ -255,7 +255,9 @@ def test_the_first_loss_that_is_not_finite_is_named_though_they_are_looked_at_la
         return loss / torch.zeros_like(loss) if model.global_step == 4 else loss
 
     monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
-    values = on(device, small("data.batch_size=100", "trainer.limit_train_batches=8"))
-    with pytest.raises(UserError, match="the loss is not finite at step 5 "):
+    halved = ["optimizer=sgd", "optimizer.lr=0.8", "scheduler=step", "scheduler.step_size=1", "scheduler.gamma=0.5"]
+    asked = [*halved, "scheduler.interval=step", "data.batch_size=100", "trainer.limit_train_batches=8"]
+    values = on(device, small(*asked))
+    with pytest.raises(UserError, match=r"the loss is not finite at step 5 .*, at a learning rate of 0\.05:"):
         train(tmp_path / "run", **values)
     assert not (tmp_path / "run" / runs.LAST).exists()

@@ -340,6 +340,10 @@ def test_a_schedule_over_the_whole_run_does_not_get_longer() -> None:
     run = Run(Path("run"), Path("run"), values)
     with pytest.raises(UserError, match=r"scheduler\.T_max=null: its schedule spans the whole run"):
         continued(run, longer, {"trainer.max_epochs"})
+    averaging = settings("train", "callbacks=swa")
+    longer = {**averaging, "trainer": {**averaging["trainer"], "max_epochs": 20}}
+    with pytest.raises(UserError, match=r"callbacks\.swa\.swa_epoch_start=0\.75: averaging begins at this fraction"):
+        continued(Run(Path("run"), Path("run"), averaging), longer, {"trainer.max_epochs"})
     with_time = {**values, "trainer": {**values["trainer"], "max_time": "00:01:00:00"}}
     assert (
         continued(Run(Path("run"), Path("run"), with_time), values, {"trainer.max_time"})["trainer"]["max_time"] is None

@@ -296,6 +296,16 @@ def test_killed_between_the_last_step_and_the_results_only_those_are_made(
     assert_same(outcome(folder), outcome(validated_run))
 
 
+@pytest.mark.parametrize("average", [["callbacks=ema", "callbacks.ema.decay=0.9"], ["callbacks=swa"]])
+def test_killed_there_it_tests_the_averaged_weights_too(average: list[str], tmp_path: Path) -> None:
+    values = small("model=mlp", "trainer.max_epochs=4", *average)
+    train(tmp_path, **values)
+    whole = final(tmp_path), results(tmp_path)["test/loss"]
+    (tmp_path / "metrics.json").unlink()
+    resumed(tmp_path, values)
+    assert_same((final(tmp_path), results(tmp_path)["test/loss"]), whole)
+
+
 def test_a_run_that_is_in_use_is_refused(finished_run: Path, monkeypatch) -> None:
     monkeypatch.setattr(runs, "SECONDS_TO_WAIT", 0)
     with runs.locked(finished_run), pytest.raises(UserError, match="another process"), runs.locked(finished_run):
@@ -354,6 +364,8 @@ def test_none_changes_a_run_that_is_resumed_as_any_other_choice_does(tmp_path: P
     assert command(*arguments, *limits, "hydra.run.dir=run", cwd=tmp_path).returncode == 0
     changed = command("resume=run", "augment=none", "trainer.max_epochs=2", cwd=tmp_path)
     assert changed.returncode == 1 and "run is another run: augment was {'_target_': " in changed.stderr
+    default = command("resume=run", "model=tutorial", "trainer.max_epochs=2", cwd=tmp_path)
+    assert default.returncode == 1 and "run is another run: model._target_ was " in default.stderr
     quiet = command("resume=run", "logger=none", "trainer.max_epochs=2", cwd=tmp_path)
     assert quiet.returncode == 0, quiet.stderr
     assert [path.name for path in (tmp_path / "run").glob("csv*")] == ["csv"]  # the resumed run would add csv_2
@@ -398,6 +410,7 @@ def test_28_what_may_change_on_resume_is_checked_like_that_of_a_new_run(
         ((6, 7, 9), []),  # at its end, then within it
         ((5, 7), ["data.val_size=40", "scheduler=step", "scheduler.step_size=1"]),
         ((4, 6), ["data.val_size=40", "trainer.val_check_interval=2", "metrics=f1", "optimizer=adam"]),
+        ((5, 10), ["data.val_size=40", "scheduler=plateau", "scheduler.patience=0", "+scheduler.threshold=10"]),
     ],
 )
 def test_a_run_of_so_many_steps_goes_on_with_more(

@@ -22,7 +22,7 @@ from mnist_lit import UserError
 from mnist_lit.cli.config import CONF, ConfigFiles
 from mnist_lit.storage import runs
 from mnist_lit.storage.tables import text_table, to_csv
-from mnist_lit.sweeps.jobs import Job, read_jobs
+from mnist_lit.sweeps.jobs import Job, identity, read_jobs
 from mnist_lit.sweeps.summary import best_first, summarize, table
 from mnist_lit.sweeps.sweep import asked_jobs, plan
 
@@ -373,3 +373,10 @@ def test_an_order_that_is_drawn_is_refused(tmp_path: Path, command: Command) -> 
 def test_another_monitor_makes_other_jobs(tmp_path: Path) -> None:
     first, second = (planned(tmp_path, "seed=0,1", f"checkpoint.monitor={each}") for each in ("val/acc", "val/f1"))
     assert not {*names(first)} & {*names(second)}
+
+
+def test_a_job_from_before_there_was_a_key_is_the_same_as_one_where_it_is_null() -> None:
+    old = {"seed": 0, "optimizer.lr": 1.0, "scheduler": None}
+    new = {**old, "float32_matmul_precision": None}
+    assert identity(old, ["seed"]) == identity(new, ["seed"])
+    assert identity(old, ["seed"]) != identity({**new, "float32_matmul_precision": "high"}, ["seed"])

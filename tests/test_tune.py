@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import colour
@@ -27,6 +28,7 @@ from mnist_lit.cli.keys import TUNE_KEYS, is_under
 
 optuna = pytest.importorskip("optuna", reason="needs the extra tune")
 
+from mnist_lit.sweeps import search as search_module
 from mnist_lit.sweeps.search import (
     Search,
     counts,
@@ -287,7 +289,6 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path: Path, command: Comm
     line = next(line for line in done.stdout.splitlines() if line.startswith("to train with the best settings: python"))
     again = command(
         *line.split("mnist_lit.train ")[1].split(),
-        "data.source=sample",
         "hydra.run.dir=again",
         "trainer.fast_dev_run=1",
         cwd=tmp_path,
@@ -329,6 +330,27 @@ def test_a_trial_that_validates_badly_is_pruned(tmp_path: Path, tune: Any) -> No
     assert not (Path(last.user_attrs["folder"]) / "metrics.json").exists()
 
 
+def test_a_trial_that_was_to_be_pruned_is_so_though_it_got_better_before_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, database = open_study(sqlite(tmp_path), "tune", make_pruner("median"), "max")
+    for _ in range(5):
+        study.add_trial(optuna.create_trial(value=0.9, intermediate_values={epoch: 0.9 for epoch in range(1, 9)}))
+
+    def run(*_: Any, should_stop: Any, **__: Any) -> Any:
+        rows = tmp_path / "trials" / "5" / "metrics.csv"
+        rows.write_text("epoch,val/acc\n1,0.1\n")
+        assert not should_stop()
+        rows.write_text("epoch,val/acc\n1,0.1\n2,0.2\n3,0.95\n")  # the second is too bad, and there is a third
+        assert should_stop()
+        return SimpleNamespace(code=143, reason="train: stopped")
+
+    monkeypatch.setattr(search_module.job, "run", run)
+    Search(tmp_path, study, database, 6, {}, ConfigFiles("train"), [], 1, "val/acc").run()
+    last = study.get_trials()[-1]
+    assert last.number == 5 and last.state.name == "PRUNED" and last.intermediate_values == {1: 0.1, 2: 0.2}
+
+
 @pytest.mark.slow
 def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path, tune: Any) -> None:
     done = tune(
@@ -359,6 +381,7 @@ def test_a_fault_that_is_not_in_the_settings_ends_the_search(tmp_path: Path, tun
             ["optimizer.lr=1"],
             "optimizer.lr is searched and cannot be set",
         ),
+        ({"optimizer": {"lr": None}}, [], "space is empty"),
         ({}, [], "space is empty"),
     ],
 )

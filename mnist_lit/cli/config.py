@@ -26,6 +26,7 @@ from mnist_lit.cli.keys import (
 from mnist_lit.storage import runs
 
 # Beside the package in a checkout, inside it once installed.
+SQLITE = "sqlite:///"  # before the path, which may be relative
 CONF = next(path for base in Path(__file__).parents[1:3] if (path := base / "conf").is_dir())
 
 
@@ -149,7 +150,9 @@ def arguments_of_tune(
         raise UserError("resume= continues a run; a search continues with the same storage= and study=")
     if "checkpoint" not in values:
         raise UserError("a search needs the section checkpoint")
-    own = {key: values[key] for key in TUNE_KEYS}
+    if missing := [key for key in TUNE_KEYS if key not in values and key != "space"]:
+        raise UserError(f"a search needs {', '.join(missing)}")
+    own = {key: values.get(key, {}) for key in TUNE_KEYS}
     of_trials = {key: value for key, value in values.items() if key not in own}
     others = [each for each in typed if not is_under(key_of(each), TUNE_KEYS)]
     overrides = overrides_of_train(others, of_trials, choices, ConfigFiles("train", config_dir))
@@ -218,7 +221,9 @@ def absolute_paths(values: dict[str, Any], folder: str) -> dict[str, Any]:
     for key in PATHS:
         section, _, name = key.rpartition(".")
         place = changed.get(section, {}) if section else changed
-        if isinstance(value := place.get(name), str) and value != "latest" and "://" not in value:
+        if isinstance(value := place.get(name), str) and value.startswith(SQLITE):
+            place[name] = SQLITE + os.path.join(folder, os.path.expanduser(value.removeprefix(SQLITE)))
+        elif isinstance(value, str) and value != "latest" and "://" not in value:
             place[name] = os.path.join(folder, os.path.expanduser(value))
         elif isinstance(value, list):
             place[name] = [os.path.join(folder, os.path.expanduser(each)) for each in value]

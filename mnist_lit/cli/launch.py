@@ -29,6 +29,7 @@ from mnist_lit.cli.config import (
     plain_values,
     quoted,
 )
+from mnist_lit.cli.keys import is_under
 from mnist_lit.storage import runs
 from mnist_lit.storage.trust import require_trusted, targets
 
@@ -235,7 +236,7 @@ class VerbRun:
         # Typed means named by an override, or set by a chosen group. Only here does Hydra compose a second time.
         unchanged, new = flatten(plain_values(self.files.compose([]))), flatten(asked)
         named = {key_of(override) for override in config.hydra.overrides.task}
-        typed = {key for key, value in new.items() if key in named or unchanged.get(key) != value} - {"resume"}
+        typed = {key for key, value in new.items() if is_under(key, named) or unchanged.get(key) != value} - {"resume"}
         typed |= {key for key in named if asked.get(key) == {}}  # GROUP=none
         run = resume.find(start)
         continued = resume.continued(run, asked, typed)

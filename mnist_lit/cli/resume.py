@@ -115,6 +115,12 @@ def continued(run: Run, asked: dict[str, Any], typed: set[str]) -> dict[str, Any
         raise UserError(
             f"{run.folder} has {open_length}=null: its schedule spans the whole run, whose length cannot change"
         )
+    averaging = (key for key, value in own.items() if key.endswith(".swa_epoch_start") and isinstance(value, float))
+    if "trainer.max_epochs" in raised and (fraction := next(averaging, None)):
+        raise UserError(
+            f"{run.folder} has {fraction}={own[fraction]}: averaging begins at this fraction of the epochs, whose number "
+            "cannot change"
+        )
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in run.config.items()}
     for key in different:
         section, _, name = key.partition(".")

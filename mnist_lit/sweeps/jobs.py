@@ -76,8 +76,9 @@ def read_jobs(folder: Path) -> list[Job]:
 
 def identity(config: dict[str, Any], swept: Iterable[str]) -> str:
     """A key that is equal for jobs with the same results: the configuration without hardware and data folder, except
-    for keys that are swept over."""
+    for keys that are swept over. A null counts as none: a job from before there was such a key has none."""
     keys = [key.lstrip("+~") for key in swept] + ["data.source"]
     free = [each for each in MAY_CHANGE if not any(is_under(key, [each]) for key in keys)]
-    decisive = {key: value for key, value in {**BEFORE_MONITOR, **config}.items() if not is_under(key, free)}
+    there = {key: value for key, value in {**BEFORE_MONITOR, **config}.items() if value is not None}
+    decisive = {key: value for key, value in there.items() if not is_under(key, free)}
     return json.dumps(decisive, sort_keys=True, default=str)

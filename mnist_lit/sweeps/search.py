@@ -67,8 +67,9 @@ def distributions(
     """
     arguments: dict[str, dict[str, Any]] = {}
     for path, value in flatten(space).items():
-        key, _, name = path.rpartition(".")
-        arguments.setdefault(key, {})[name] = value
+        if value is not None:  # null, as elsewhere, switches an entry off
+            key, _, name = path.rpartition(".")
+            arguments.setdefault(key, {})[name] = value
     if not arguments:
         raise UserError("space is empty: there is nothing to search")
     for key in arguments:
@@ -250,12 +251,18 @@ class Search:
         best: dict[int, float] = {}  # best value so far, by epoch
         better = max if self.study.direction == StudyDirection.MAXIMIZE else min
 
+        is_bad = False
+
         def should_prune() -> bool:
+            """Whether it was to be pruned after one of the epochs so far; those that it still trains change nothing."""
+            nonlocal is_bad
             for row in read_history(folder):
                 if self.monitor in row and (epoch := int(row["epoch"])) > max(best, default=0):
                     best[epoch] = better([row[self.monitor], *best.values()])
-                    trial.report(best[epoch], epoch)
-            return bool(best) and trial.should_prune()
+                    if not is_bad:
+                        trial.report(best[epoch], epoch)
+                        is_bad = trial.should_prune()
+            return is_bad
 
         ended = job.run(
             "train",

@@ -51,9 +51,11 @@ def report(folder: Path, study: optuna.Study, overrides: Sequence[str], files: C
     failed = [trial for trial in trials if "reason" in trial.user_attrs]
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
     lines = [f"failed: trial {trial.number}: {trial.user_attrs['reason']}" for trial in failed]
+    arguments = [f"--config-dir={shown}", "experiment=best"]
+    arguments += [each for each in overrides if key_of(each) in ("data.dir", "data.source")]
     lines += [
         f"{len(complete)} trial{'s' * (len(complete) != 1)} completed, {pruned} pruned, {len(failed)} failed; all are in {shown}",
-        f"to train with the best settings: python -m mnist_lit.train {shlex.quote(f'--config-dir={shown}')} experiment=best",
+        f"to train with the best settings: python -m mnist_lit.train {shlex.join(arguments)}",
     ]
     log.info("\n%s\n\n%s", text_table(rows, ">"), "\n".join(lines))
     with only_showing("the plots", folder, "trials.csv"):

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 
 from mnist_lit import UserError, compat
 from mnist_lit.batches import number_from
@@ -40,8 +40,16 @@ class FirstEpochOfProcess(L.Callback):
     no ``on_train_epoch_start``.
     """
 
+    _has_trained = False
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._has_trained:  # it was resumed after its last epoch, and the average is still to be put in place
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+                    callback.on_train_end(trainer, pl_module)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._is_first = True
+        self._is_first = self._has_trained = True
         if trainer.fit_loop.restarted_mid_epoch:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (StochasticWeightAveraging, GradientAccumulationScheduler)):
@@ -64,27 +72,32 @@ class StopOnNaN(L.Callback):
     CHECK_EVERY = 50
 
     def __init__(self) -> None:
-        self._losses: list[tuple[int, torch.Tensor]] = []  # those not looked at yet, after the number of their step
+        # Those not looked at yet, with the number of their step and its learning rate.
+        self._losses: list[tuple[int, float, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._losses.append((trainer.global_step, outputs["loss"].detach()))
+        self._losses.append((trainer.global_step, self._rate, outputs["loss"].detach()))
         is_due = trainer.global_step % self.CHECK_EVERY == 0 or trainer.is_last_batch
-        if not is_due and pl_module.device.type != "cpu":
-            return
-        losses, self._losses = self._losses, []
-        finite = torch.stack([loss for _, loss in losses]).isfinite().tolist()
-        for (step, _), is_finite in zip(losses, finite, strict=True):
-            if not is_finite:
-                self._stop(trainer, step)
+        if is_due or pl_module.device.type == "cpu":
+            self._check(trainer)
 
-    def _stop(self, trainer: L.Trainer, step: int) -> None:
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        raise UserError(
-            f"the loss is not finite at step {step} ({epoch_name(trainer)}), at a learning rate of {rate:g}: training "
-            "stopped; earlier checkpoints are unchanged"
-        )
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._check(trainer)  # it may have been cut short
+
+    def _check(self, trainer: L.Trainer) -> None:
+        losses, self._losses = self._losses, []
+        finite = torch.stack([loss for *_, loss in losses]).isfinite().tolist() if losses else []
+        for (step, rate, _), is_finite in zip(losses, finite, strict=True):
+            if not is_finite:
+                raise UserError(
+                    f"the loss is not finite at step {step} ({epoch_name(trainer)}), at a learning rate of {rate:g}: "
+                    "training stopped; earlier checkpoints are unchanged"
+                )
 
 
 class TerminateOtherRanks(L.Callback):

@@ -193,10 +193,11 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["machine"] = _environment(trainer)
         if self._epoch_ends:
-            _step_plateaus(trainer, checkpoint)
             if not trainer.is_last_batch:  # max_steps, max_time or a callback has cut the epoch short
                 compat.as_within_epoch(checkpoint["loops"]["fit_loop"])
-            elif trainer.max_steps != -1:
+                return
+            _step_plateaus(trainer, checkpoint)
+            if trainer.max_steps != -1:
                 compat.as_start_of_epoch(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
