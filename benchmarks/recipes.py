@@ -63,7 +63,7 @@ were fixed. This is the second `accurate`: the first, with weaker augmentation a
 images, below its mark, and this one was then chosen by the training images alone. The marks are this project's own. ± is
 the interval of 95 % of a mean by Student's t. The loss is cross-entropy; label smoothing makes the network less certain, also
 where it is right, and the loss larger. The machine is shared, and its speed varies by a third: seconds that are close to each
-other do not differ.
+other do not differ, and beside accurate's ingredients other work ran, so that theirs say little.
 
 ![test accuracy against seconds](recipes.png)
 """
