@@ -111,7 +111,7 @@ def main(data: str, repeats: int, batches: int) -> None:
     peers = [n for n in measured if n not in (OWN, OWN_STEP, "the same without the compiled operator")]
     fastest = min(peers, key=lambda n: statistics.median(of(n)))
     help_seconds = statistics.median(_seconds_of_help() for _ in range(5))
-    marks = [
+    targets = [
         (FIELD, field_name.removeprefix(FIELD).strip(", "), ratio(of(field_name)), 0.22),
         ("the fastest peer", fastest, ratio(of(fastest)), 0.50),
         ("the dense arithmetic of an epoch at this machine's speed of large matrix products",
@@ -119,28 +119,28 @@ def main(data: str, repeats: int, batches: int) -> None:
         ("its own step without Lightning", "", ratio(of(OWN_STEP)), 1.03),
     ]  # fmt: skip
     if TENSORFLOW in measured:
-        marks.append(("peak memory against Keras on TensorFlow", "", ratio(of(TENSORFLOW, "memory"), "memory"), 1.0))
+        targets.append(("peak memory against Keras on TensorFlow", "", ratio(of(TENSORFLOW, "memory"), "memory"), 1.0))
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     facts = {"machine": _machine(), "versions": versions, "repeats": repeats, "batches of the peers": batches}
     results = {"facts": facts, "losses": differences, "failed": failed, "measured": measured, "GFLOP/s": speeds}
     (DOCS / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = _document(facts, measured, differences, failed, marks, help_seconds, ratio)
+    text = _document(facts, measured, differences, failed, targets, help_seconds, ratio)
     (DOCS / "speed.md").write_text(text)
     _picture({name: statistics.median(of(name)) for name in measured}, statistics.median(dense))
     print(text)
 
 
 def _document(
-    facts: Any, measured: Any, differences: Any, failed: Any, marks: Any, help_seconds: float, ratio: Any
+    facts: Any, measured: Any, differences: Any, failed: Any, targets: Any, help_seconds: float, ratio: Any
 ) -> str:
     lines = [
         "# Speed",
         "",
         f"An epoch of the tutorial: 120 steps of 500 images, single precision, {facts['machine']}. `make bench",
         f"DATA=FOLDER` made this page, `speed.json` and the picture: {facts['repeats']} repeats, a process for each",
-        "measurement, the contenders in turn, medians (lowest to highest). The first epoch warms up and is not counted;",
+        "measurement, the contenders in turn, medians (lowest to highest), also of the ratios. The first epoch warms up and is not counted;",
         f"the peers' epochs are calculated from {facts['batches of the peers']} steps. The fit is the tutorial's twelve",
-        "epochs and what the first one took longer; the process is that and the seconds before and after: imports,",
+        "epochs and the extra time of the first; the process is that and the seconds before and after: imports,",
         "reading the data, and for this project a test batch and the run's files. Both are calculated.",
         "",
         "| | seconds an epoch | this project's divided by it | before and after | fit | process | peak memory | losses agree to |",
@@ -157,10 +157,10 @@ def _document(
             f"| {middle['rest']:.1f} | {middle['fit']:.0f} | {middle['process']:.0f} | {middle['memory'] / 1e9:.2f} GB | {agrees} |"
         )
     lines += [f"| {name} | did not run: {why} | | | | | | |" for name, why in failed.items()]
-    lines += ["", "| against | ratio | mark | |", "| --- | --- | --- | --- |"]
-    for what, which, value, mark in marks:
-        reached = "reached" if value <= mark else "missed"
-        lines.append(f"| {what}{f' ({which})' if which else ''} | {value:.3f} | ≤ {mark} | {reached} |")
+    lines += ["", "| against | ratio | target | |", "| --- | --- | --- | --- |"]
+    for what, which, value, target in targets:
+        reached = "reached" if value <= target else "missed"
+        lines.append(f"| {what}{f' ({which})' if which else ''} | {value:.3f} | ≤ {target} | {reached} |")
     reached = "reached" if help_seconds <= 1.5 else "missed"
     lines.append(f"| `--help`, seconds | {help_seconds:.2f} | ≤ 1.5 | {reached} |")
     lines += ["", "![Seconds an epoch](speed.png)", ""]

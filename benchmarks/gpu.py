@@ -174,7 +174,7 @@ CONTENDERS: dict[str, dict[str, tuple[int, Callable[[str, int], dict[str, Any]]]
         LIGHTNING[1]: (1, partial(tutorials, workers=8)),
     },
 }
-MOST_SECONDS, LEAST_ACCURACY, LEAST_TIMES, MOST_SHARE = 1.5, 0.9906, 10, 1.1  # the marks
+MOST_SECONDS, LEAST_ACCURACY, LEAST_TIMES, MOST_SHARE = 1.5, 0.9906, 10, 1.1  # the targets
 HEAD = """\
 # On a GPU
 
@@ -182,7 +182,7 @@ Twelve epochs on one GPU. `python benchmarks/gpu.py DATA speedrun` and `... tuto
 from the end of the first step to the end of the last, the median over seeds (lowest to highest); of the Lightning port as
 tutorials write it, twelve times its second epoch. A command's first seconds, for imports, CUDA's start and the capture, are not
 in it. `callbacks=cuda_graphs`, which the speedrun has, captures the network's passes; where the step is one graph, the
-optimizer, the loss and the accuracy are in it, too. The hand-written loops write no checkpoints. The marks are this project's.
+optimizer, the loss and the accuracy are in it, too. The hand-written loops write no checkpoints. The targets are this project's.
 What waits for the CPU, as Lightning does, depends on the machine's: compare within a table.
 """
 ABOUT = {
@@ -249,17 +249,17 @@ def _marks(training: str, measured: dict[str, list[dict[str, Any]]]) -> list[str
     if training == "speedrun":
         accuracy = statistics.mean(run["test/acc"] for run in own)
         is_reached = _median(own) <= MOST_SECONDS and accuracy >= LEAST_ACCURACY
-        lines = [f"- The marks are {MOST_SECONDS} s and an accuracy of {LEAST_ACCURACY}: {verdict(is_reached)}."]
+        lines = [f"- The targets are {MOST_SECONDS} s and an accuracy of {LEAST_ACCURACY}: {verdict(is_reached)}."]
     if SAME in measured:
         share = _median(own) / _median(measured[SAME])
         lines.append(
-            f"- The time is {share:.2f} of that of a hand-written loop with the same graphs; the mark is {MOST_SHARE}: "
+            f"- The time is {share:.2f} of that of a hand-written loop with the same graphs; the target is {MOST_SHARE}: "
             f"{verdict(share <= MOST_SHARE)}."
         )
     if LIGHTNING[0] in measured:
         times = _median(measured[LIGHTNING[0]]) / _median(own)
-        mark = f"; the mark is {LEAST_TIMES}: {verdict(times >= LEAST_TIMES)}" if training == "tutorial" else ""
-        lines.append(f"- It is {times:.1f} times as fast as the tutorial on Lightning with 0 workers{mark}.")
+        target = f"; the target is {LEAST_TIMES}: {verdict(times >= LEAST_TIMES)}" if training == "tutorial" else ""
+        lines.append(f"- It is {times:.1f} times as fast as the tutorial on Lightning with 0 workers{target}.")
     return lines
 
 

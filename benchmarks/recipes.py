@@ -47,7 +47,7 @@ INGREDIENTS: dict[str, dict[str, list[str]]] = {
     },
 }
 SEEDS_OF_INGREDIENTS = {"speedrun": 4, "accurate": 2}
-MARKS = {"speedrun": 0.9906, "accurate": 0.9970}  # the mean test accuracy
+TARGETS = {"speedrun": 0.9906, "accurate": 0.9970}  # the mean test accuracy
 SHARE_OF_KERAS = 1 / 15  # the speedrun's seconds, divided by those of the tutorial on Keras
 
 HEAD = """\
@@ -60,7 +60,7 @@ accuracy in little time, `experiment=accurate` further, with augmented images; a
 batch; a command is that and what comes before and after it: imports, reading the data, the report. Accuracies are of the
 10,000 test images; the recipes were chosen by the accuracy on 5,000 to 20,000 of the training images, and tested when they
 were fixed. This is the second `accurate`: the first, with weaker augmentation and thirty epochs, had 0.9962 on the test
-images, below its mark, and this one was then chosen by the training images alone. The marks are this project's own. ± is
+images, below its target, and this one was then chosen by the training images alone. The targets are this project's own. ± is
 the interval of 95 % of a mean by Student's t. The loss is cross-entropy; label smoothing makes the network less certain, also
 where it is right, and the loss larger. The machine is shared, and its speed varies by a third: seconds that are close to each
 other do not differ, and beside accurate's ingredients other work ran, so that theirs say little.
@@ -94,14 +94,14 @@ def document(state: dict[str, list[dict[str, Any]]], of_step: tuple[float, list[
         share = median(state["speedrun"]) / median(state[KERAS])
         lines += [
             "",
-            f"A speedrun takes 1/{1 / share:.1f} of the time of the tutorial on Keras in the same run; the mark is",
+            f"A speedrun takes 1/{1 / share:.1f} of the time of the tutorial on Keras in the same run; the target is",
         ]
         lines[-1] += f" 1/{1 / SHARE_OF_KERAS:.0f}: {'reached' if share <= SHARE_OF_KERAS else '**missed**'}."
-    for name, mark in MARKS.items():
+    for name, target in TARGETS.items():
         if name in state:
             mean = statistics.mean(run["test/acc"] for run in state[name])
             lines.append(
-                f"The mean of {name} is {mean:.4f}; the mark is {mark:.4f}: {'reached' if mean >= mark else '**missed**'}."
+                f"The mean of {name} is {mean:.4f}; the target is {target:.4f}: {'reached' if mean >= target else '**missed**'}."
             )
     for recipe, ingredients in INGREDIENTS.items():
         if not any(name in state for name in ingredients):

@@ -49,7 +49,7 @@ HEAD = """\
 `python benchmarks/use.py DATA RUN` made this page on {cores} cores ({cpu}): {repeats} repeats, whole processes, the
 requests from a second process on the same machine. Medians (lowest to highest).
 
-| | figure | mark | |
+| | figure | target | |
 | --- | --- | --- | --- |"""
 
 
@@ -149,13 +149,13 @@ async def load(port: int, body: bytes, rate: float) -> list[tuple[int, float]]:
     return answers
 
 
-def _row(name: str, values: list[float], form: str, mark: float | None = None, at_least: bool = False) -> str:
+def _row(name: str, values: list[float], form: str, target: float | None = None, at_least: bool = False) -> str:
     middle = statistics.median(values)
     figure = f"{middle:{form}} ({min(values):{form}}–{max(values):{form}})"
-    if mark is None:
+    if target is None:
         return f"| {name} | {figure} | | |"
-    reached = middle >= mark if at_least else middle <= mark
-    return f"| {name} | {figure} | {'≥' if at_least else '≤'} {mark:,} | {'reached' if reached else 'missed'} |"
+    reached = middle >= target if at_least else middle <= target
+    return f"| {name} | {figure} | {'≥' if at_least else '≤'} {target:,} | {'reached' if reached else 'missed'} |"
 
 
 if __name__ == "__main__":
