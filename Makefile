@@ -40,7 +40,7 @@ base:  ## make .venv with the package and what training needs, as requirements.l
 	@test -x $(VENV)/bin/uv || { sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.txt && \
 		$(RUN) -m pip install --quiet --require-hashes -r $(VENV)/uv.txt; }
 	@$(INSTALL) requirements.lock
-	@$(RUN) -c 'import importlib.metadata as m; m.version("mnist_lit")' 2>/dev/null || \
+	@$(RUN) -P -c 'import importlib.metadata as m; m.version("mnist_lit")' 2>/dev/null || \
 		$(UV) pip install --quiet --python $(RUN) --no-deps --no-build-isolation -e .
 	@$(RUN) -m mnist_lit.kernels.library || \
 		$(RUN) -W ignore -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace

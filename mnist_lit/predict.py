@@ -24,7 +24,7 @@ from mnist_lit.cli import latest
 from mnist_lit.cli.launch import launch, loading, print_for_pipes
 from mnist_lit.inference.contact_sheet import MAX_IMAGES, contact_sheet_of
 from mnist_lit.storage.atomic import atomic_write, require_free
-from mnist_lit.storage.tables import one_line, to_csv
+from mnist_lit.storage.tables import one_line, printable, to_csv
 
 if TYPE_CHECKING:
     from mnist_lit.inference.detector import DigitDetector
@@ -274,11 +274,11 @@ def _command(**values: Any) -> None:
     else:
         for row in rows:
             if not row["error"]:
-                print(f"{row['file']}: {row.get('name', row['digit'])} ({row['probability']:.2%})")
+                print(f"{printable(row['file'], 1000)}: {row.get('name', row['digit'])} ({row['probability']:.2%})")
     for row in failed[:20]:
-        print(f"{row['file']}: {row['error']}", file=sys.stderr)
+        print(f"{printable(row['file'], 1000)}: {row['error']}", file=sys.stderr)
     for file, reason in left_out[:20]:
-        print(f"{file}: skipped, {reason}", file=sys.stderr)
+        print(f"{printable(file, 1000)}: skipped, {reason}", file=sys.stderr)
     if left_out:
         print(f"{len(left_out):,} file{'s' * (len(left_out) > 1)} skipped", file=sys.stderr)
     if failed:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import results
+from helpers import results, small
 
 from mnist_lit import UserError, load
 from mnist_lit.cli.config import settings
 from mnist_lit.evaluate import evaluate
 from mnist_lit.model import MNISTClassifier
+from mnist_lit.storage import runs
 from mnist_lit.train import train
 from mnist_lit.training.calibration import BestTemperature
 
@@ -63,3 +64,9 @@ def test_an_impossible_temperature_is_refused(validated_run: Path, tmp_path: Pat
         torch.save({**checkpoint, "temperature": value}, tmp_path / "odd.ckpt")
         with pytest.raises(UserError, match="temperature"):
             load(tmp_path / "odd.ckpt")
+
+
+def test_the_check_before_the_first_epoch_measures_nothing(tmp_path: Path) -> None:
+    limits = ["trainer.max_epochs=-1", "trainer.max_steps=2"]  # less than an epoch, so that nothing is validated
+    train(tmp_path, **small("data.val_size=200", "trainer.num_sanity_val_steps=1", *limits))
+    assert "temperature" not in torch.load(tmp_path / runs.LAST, weights_only=True)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import termios
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,9 @@ def test_convert_as_a_command(finished_run: Path, tmp_path: Path, command: Comma
 @pytest.mark.slow
 def test_the_wheel_carries_conf_and_its_command_runs_from_any_folder(tmp_path: Path) -> None:
     """Built and installed without the network, into an environment that sees the packages of this one."""
+    source = _clean_copy(tmp_path)
+    (source / "conf" / "local").mkdir()
+    (source / "conf" / "local" / "default.yaml").write_text("# @package _global_\ndata: {dir: /of/this/machine}\n")
     subprocess.run(
         [
             sys.executable,
@@ -130,11 +134,12 @@ def test_the_wheel_carries_conf_and_its_command_runs_from_any_folder(tmp_path: P
             "--no-deps",
             "-w",
             tmp_path,
-            _clean_copy(tmp_path),
+            source,
         ],
         check=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "local" in name]
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run(

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mnist_lit.kernels import convolutions as room
 from mnist_lit.kernels import library
 from mnist_lit.kernels.convolutions import FusedConvolutions, convolutions
+from mnist_lit.kernels.dropout import keep_mask
 from mnist_lit.network import TutorialCNN
 
 SETS = list(library.LANES)
@@ -199,6 +200,13 @@ def test_shapes_that_do_not_fit_are_refused_before_c_reads_past_their_ends(
     convolutions(**good, kept=torch.ones(2, 64, 12, 12, dtype=torch.bool))
     with pytest.raises(ValueError, match=message):
         convolutions(**good | {changed: to})
+
+
+def test_what_is_on_another_device_does_not_reach_c() -> None:
+    with pytest.raises(ValueError, match="bias1 must be on the CPU, not on meta"):
+        room._check("bias1", torch.ones(32, device="meta"), (32,))
+    with torch.device("meta"):  # the default device, of which the mask must not be
+        assert keep_mask((2, 8), 0.5)[0].device.type == "cpu"
 
 
 def test_floats_at_odd_addresses_are_copied_first() -> None:

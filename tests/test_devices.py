@@ -1,5 +1,6 @@
 """A device that is not the CPU: every PyTorch has one, "lazy", which records operations and runs them later."""
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -261,3 +262,20 @@ def test_the_first_loss_that_is_not_finite_is_named_though_they_are_looked_at_la
     with pytest.raises(UserError, match=r"the loss is not finite at step 5 .*, at a learning rate of 0\.05:"):
         train(tmp_path / "run", **values)
     assert not (tmp_path / "run" / runs.LAST).exists()
+
+
+def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite_though_the_weights_are(
+    device: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16-mixed, such a step is left out."""
+    step = MNISTClassifier.training_step
+
+    def training_step(model: Any, batch: Any, batch_idx: int) -> Any:
+        loss = step(model, batch, batch_idx)
+        return loss + torch.full_like(loss, math.inf) if model.global_step == 4 else loss
+
+    monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
+    asked = ["data.batch_size=100", "trainer.limit_train_batches=8", "checkpoint.every_n_steps=3"]
+    with pytest.raises(UserError, match="the loss is not finite at step 5 "):
+        train(tmp_path / "run", **on(device, small(*asked)))
+    assert torch.load(tmp_path / "run" / runs.LAST, weights_only=True)["global_step"] == 3

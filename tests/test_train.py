@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -12,6 +14,7 @@ import yaml
 from helpers import OFF, ROOT, assert_same, differences, small
 
 from mnist_lit import UserError
+from mnist_lit.reports.results import training_results
 from mnist_lit.train import train
 from mnist_lit.training import harness
 
@@ -273,3 +276,19 @@ def test_the_precision_of_matrix_products_is_torchs_and_only_that_runs(tmp_path:
     train(tmp_path, **values)
     assert Precision.found == ["medium", "medium"] and torch.get_float32_matmul_precision() == "highest"
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["float32_matmul_precision"] == "medium"
+
+
+def test_a_metric_that_is_nan_does_not_cost_the_results() -> None:
+    nans = [{"epoch": epoch, "val/acc": math.nan, "val/loss": float(epoch)} for epoch in (1, 2)]
+    recorder = SimpleNamespace(
+        history=[{"epoch": 2, "epoch_seconds": 1.0}], validations=nans, fit_seconds=1, test_seconds=1
+    )
+    checkpoints = SimpleNamespace(best={"epoch": 2, "val/acc": math.nan}, best_path=Path("best.ckpt"))
+    found = training_results(recorder, checkpoints)
+    assert found["tested_weights"] == "best (epoch 2)" and found["val/loss"] == 2.0
+
+
+def test_several_processes_do_not_validate_by_their_own_clocks(sample: Any) -> None:
+    trainer: Any = SimpleNamespace(world_size=2, callbacks=[])
+    with pytest.raises(UserError, match="the clocks of several processes differ"):
+        harness.prepare_data(trainer, sample, {"val_check_interval": "00:00:00:30"})

@@ -92,6 +92,11 @@ def test_loading_needs_neither_lightning_nor_torchvision(finished_run: Path) -> 
     assert found == "[]\n"
 
 
+def test_names_of_classes_are_nothing_that_a_terminal_would_obey() -> None:
+    model = TrainedModel(torch.nn.Identity(), Path("x"), {}, [{"name": "x", "classes": ["\x1b]0;owned\x07", "b"]}])
+    assert model.names and model.names[:3] == ["?]0;owned?", "b", "class 2"]
+
+
 def test_a_model_of_the_full_set_is_not_tested_on_the_sample() -> None:
     full, sample = {"name": "mnist"}, {"name": "mnist-sample"}
     assert "data.source=mnist" in why_not_to_test([sample, full], sample)

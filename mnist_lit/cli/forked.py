@@ -87,7 +87,8 @@ def _run(method: str, count: int, function: Callable[..., Any], args: Any, kwarg
     context: Any = multiprocessing.get_context(method)
     with socket.create_server(("127.0.0.1", 0)) as free:
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    if not os.environ.get("OMP_NUM_THREADS", "").isdigit():  # as Lightning does for those that it starts
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if not (asked.isdigit() and int(asked)):  # as Lightning does for those that it starts
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment["OMP_NUM_THREADS"] = str(max(1, cores // count))
     log = _log_handlers() if method == "spawn" else None

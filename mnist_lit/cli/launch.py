@@ -309,11 +309,13 @@ def stopped_by_signals(hint: Callable[[], str]) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise Interrupted(number, f"stopped by SIGTERM{hint()}")
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted(signal.SIGINT, f"stopped by Ctrl-C{hint()}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def claimed(key: str, value: str | None, typed: bool) -> Path:

@@ -90,7 +90,7 @@ def read_grey(
 
 def _upright(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # damaged EXIF data: other programs show such a picture as it is
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # else a copy is made of an upright one, too
     return image
 
 
@@ -154,10 +154,11 @@ def _grey(image: Image.Image) -> Image.Image:
         return Image.fromarray(scaled(np.asarray(image), (65535.0,) if image.mode.startswith("I;16") else MAX_VALUES))
     if image.mode in ("1", "L") and not image.has_transparency_data:
         return image.convert("L")
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which would be a copy
     red = image.getchannel("R")
     is_grey = not any(ImageChops.difference(red, image.getchannel(other)).getbbox() for other in "GB")
-    colours = red if is_grey else image.convert("RGB")
+    colours = red if is_grey else image.convert("RGB") if mode == "RGBA" else image
     if image.mode == "RGBA":
         colours = _on_paper(colours, image.getchannel("A"))
     return colours if is_grey else _clearest_channel(colours)

@@ -20,7 +20,7 @@ from mnist_lit.storage.checkpoint_file import (
     require_same_shapes,
 )
 from mnist_lit.storage.provenance import MNIST_NAME, SAMPLE_NAME, UNKNOWN_DATA, trained_on
-from mnist_lit.storage.tables import one_line
+from mnist_lit.storage.tables import one_line, printable
 
 
 class TrainedModel(nn.Module):
@@ -53,7 +53,7 @@ class TrainedModel(nn.Module):
         found = self.trained_on[-1].get("classes") if self.trained_on else None
         if not isinstance(found, list) or not 0 < len(found) <= 10:
             return None
-        return [*(one_line(name, 40) for name in found), *(f"class {n}" for n in range(len(found), 10))]
+        return [*(printable(name, 40) for name in found), *(f"class {n}" for n in range(len(found), 10))]
 
     @property
     def reads_digits(self) -> bool:

@@ -96,7 +96,7 @@ def convolutions(
       and a feature that close to zero is zero. In PyTorch only bitwise equal values are ties.
     - Infinite images or weights can give NaN, because Winograd's sums cancel.
     - A NaN or infinite incoming gradient always reaches the weight gradients, even where ReLU masks it.
-    - Zero gradients are skipped; a dense sum would give NaN for zero times infinity.
+    - Gradients of features that ReLU or dropout has set to zero are skipped; a dense sum would give NaN for zero times infinity.
 
     Raises:
         ValueError: Shapes or dtypes do not match.
@@ -185,6 +185,8 @@ def _sizes(images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> t
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
     if tensor.shape != shape or tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, not on {tensor.device}")
 
 
 def _call(name: str, sizes: tuple[int, ...], *arguments: Tensor | float | None) -> None:

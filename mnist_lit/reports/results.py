@@ -1,6 +1,7 @@
 """The results of a run: the content of ``metrics.json``, and the tables on the terminal."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ def training_results(recorder: Any, checkpoints: Any) -> dict[str, Any]:
     """
     final, best = recorder.history[-1] if recorder.history else {}, checkpoints.best
     is_best = checkpoints.best_path is not None
-    tested = next(row for row in recorder.validations if best.items() <= row.items()) if is_best else final
+    tested = next(row for row in recorder.validations if _agree(row, best)) if is_best else final
     return {
         **{key: value for key, value in final.items() if key.startswith("train/")},
         **{key: value for key, value in tested.items() if key.startswith("val/")},
@@ -31,6 +32,11 @@ def training_results(recorder: Any, checkpoints: Any) -> dict[str, Any]:
         "fit_seconds": recorder.fit_seconds,
         "test_seconds": recorder.test_seconds,
     }
+
+
+def _agree(row: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Whether a validation has the values of the best one, which may be NaN."""
+    return all(row.get(key) == value or math.isnan(value) for key, value in best.items())
 
 
 LIMITS = ("max_epochs", "max_steps", "max_time")  # they end a run, and may be raised to let it go on

@@ -89,6 +89,9 @@ class StopOnNaN(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check(trainer)  # it may have been cut short
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._check(trainer)  # before the file is written
+
     def _check(self, trainer: L.Trainer) -> None:
         losses, self._losses = self._losses, []
         finite = torch.stack([loss for *_, loss in losses]).isfinite().tolist() if losses else []

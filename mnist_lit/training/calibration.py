@@ -53,6 +53,8 @@ class Calibration(L.Callback):
         self._metric.update(outputs, batch[1])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         self.temperature = float(self._metric.compute())
         pl_module.log("val/temperature", self.temperature, sync_dist=True)  # it is the same in all processes
 

@@ -170,7 +170,7 @@ def prepare_data(
 
     Raises:
         UserError: The data are missing or corrupt, there is nothing to test with, a fraction of the batches selects none,
-            the validation interval is longer than an epoch, a batch cannot be divided equally among the processes, or
+            the validation interval is longer than an epoch, or a time although there are several processes, a batch cannot be divided equally among the processes, or
             something monitors validation and there is no validation split.
     """
     if arguments.get("limit_test_batches") == 0:
@@ -195,6 +195,8 @@ def prepare_data(
     count, processes, interval = data.facts["train"], trainer.world_size, arguments.get("val_check_interval")
     batches, limit = math.ceil(count / data.batch_size), arguments.get("limit_train_batches")
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    if isinstance(interval, (str, dict)) and processes > 1:
+        raise UserError(f"trainer.val_check_interval={interval}: the clocks of several processes differ; count batches")
     if isinstance(interval, int) and interval > batches and arguments.get("check_val_every_n_epoch", 1) is not None:
         raise UserError(f"trainer.val_check_interval={interval}: an epoch has only {batches} batches")
     if data.batch_size % processes or count % data.batch_size % processes:

@@ -118,7 +118,7 @@ drawing.addEventListener("keydown", (event) => {
     if (down) stroke(at, to);
     at = to;
   } else if (event.key === " ") {
-    down = !down;
+    if (!event.repeat) down = !down;
     if (down) stroke(at, at);
   } else if (event.key === "Escape") {
     clear();
@@ -189,7 +189,7 @@ function show(result, otherwise = "Nothing drawn yet") {
   seen.putImageData(image, 0, 0);
   showOcclusion(image, result?.explanation?.occlusion);
   maps.replaceChildren(...(result?.explanation?.feature_maps ?? []).map(featureMaps));
-  answer.textContent = result ? `${result.name ? `This is: ${result.name}` : `This is a ${result.digit}`} (${percent(result.probabilities[result.digit])})` : otherwise;
+  answer.textContent = result ? `${result.name ? `This is: ${result.name}` : `This is ${result.digit === 8 ? "an" : "a"} ${result.digit}`} (${percent(result.probabilities[result.digit])})` : otherwise;
 }
 
 // ---- how the network arrives at its answer, which is only asked for while it is shown
