@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -274,15 +274,20 @@ def _command(**values: Any) -> None:
     else:
         for row in rows:
             if not row["error"]:
-                print(f"{printable(row['file'], 1000)}: {row.get('name', row['digit'])} ({row['probability']:.2%})")
+                print(f"{_shown(row['file'], sys.stdout)}: {row.get('name', row['digit'])} ({row['probability']:.2%})")
     for row in failed[:20]:
-        print(f"{printable(row['file'], 1000)}: {row['error']}", file=sys.stderr)
+        print(f"{_shown(row['file'], sys.stderr)}: {row['error']}", file=sys.stderr)
     for file, reason in left_out[:20]:
-        print(f"{printable(file, 1000)}: skipped, {reason}", file=sys.stderr)
+        print(f"{_shown(file, sys.stderr)}: skipped, {reason}", file=sys.stderr)
     if left_out:
         print(f"{len(left_out):,} file{'s' * (len(left_out) > 1)} skipped", file=sys.stderr)
     if failed:
         raise UserError(f"{len(failed):,} of {len(rows):,} images could not be predicted")
+
+
+def _shown(file: str, stream: TextIO) -> str:
+    """A file's name; on a terminal, which would obey some characters, with ? for those."""
+    return printable(file, 1000) if stream.isatty() else file
 
 
 def main() -> None:

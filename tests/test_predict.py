@@ -20,7 +20,7 @@ from PIL import Image
 
 from mnist_lit import UserError, predict
 from mnist_lit.inference.trained import load
-from mnist_lit.predict import COLUMNS, _load_batch, find_images, skipped
+from mnist_lit.predict import COLUMNS, _load_batch, _shown, find_images, skipped
 from mnist_lit.predict import predict as predict_images
 
 
@@ -404,3 +404,11 @@ def test_links_to_folders_are_named_and_names_in_no_encoding_are_printed(
     assert (str(scans / "linked"), "is a link to a folder") in list(skipped([scans]))
     done = command(f"images={scans}", f"ckpt={good_run}", verb="predict", cwd=scans.parent)
     assert done.returncode == 0 and "\\udcff.tif: " in done.stdout, done
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "a?[2J.png"), (False, "a\x1b[2J.png")])
+def test_a_terminal_gets_no_name_that_it_would_obey_and_a_pipe_gets_all(
+    is_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    assert _shown("a\x1b[2J.png", sys.stdout) == shown
