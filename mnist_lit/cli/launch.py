@@ -315,7 +315,7 @@ def stopped_by_signals(hint: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise Interrupted(signal.SIGINT, f"stopped by Ctrl-C{hint()}") from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: one that Python does not know
 
 
 def claimed(key: str, value: str | None, typed: bool) -> Path:

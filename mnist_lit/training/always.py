@@ -34,7 +34,7 @@ class SeedEachBatch(L.Callback):
 
 
 class FirstEpochOfProcess(L.Callback):
-    """Makes up for what Lightning does otherwise than in later epochs; after all other callbacks.
+    """Makes up for what Lightning does otherwise than in later epochs, or without any; after all other callbacks.
 
     The iterators of the training loaders are made before any hook, and if the run was stopped within that epoch, there is
     no ``on_train_epoch_start``.
@@ -43,7 +43,7 @@ class FirstEpochOfProcess(L.Callback):
     _has_trained = False
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._has_trained:  # it was resumed after its last epoch, and the average is still to be put in place
+        if not self._has_trained:  # resumed after its last epoch, so that nothing has put the average in its place
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
                     callback.on_train_end(trainer, pl_module)

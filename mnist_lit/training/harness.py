@@ -170,8 +170,8 @@ def prepare_data(
 
     Raises:
         UserError: The data are missing or corrupt, there is nothing to test with, a fraction of the batches selects none,
-            the validation interval is longer than an epoch, or a time although there are several processes, a batch cannot be divided equally among the processes, or
-            something monitors validation and there is no validation split.
+            the validation interval is longer than an epoch, or a time although there are several processes, a batch cannot
+            be divided equally among them, or something monitors validation and there is no validation split.
     """
     if arguments.get("limit_test_batches") == 0:
         raise UserError("trainer.limit_test_batches=0: every run ends with a test, which needs at least one batch")
