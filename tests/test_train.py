@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -279,11 +278,11 @@ def test_the_precision_of_matrix_products_is_torchs_and_only_that_runs(tmp_path:
 
 
 def test_a_metric_that_is_nan_does_not_cost_the_results() -> None:
-    nans = [{"epoch": epoch, "val/acc": math.nan, "val/loss": float(epoch)} for epoch in (1, 2)]
+    nans = [{"epoch": epoch, "val/acc": float("nan"), "val/loss": float(epoch)} for epoch in (1, 2)]
     recorder = SimpleNamespace(
         history=[{"epoch": 2, "epoch_seconds": 1.0}], validations=nans, fit_seconds=1, test_seconds=1
     )
-    checkpoints = SimpleNamespace(best={"epoch": 2, "val/acc": math.nan}, best_path=Path("best.ckpt"))
+    checkpoints = SimpleNamespace(best={"epoch": 2, "val/acc": float("nan")}, best_path=Path("best.ckpt"))
     found = training_results(recorder, checkpoints)
     assert found["tested_weights"] == "best (epoch 2)" and found["val/loss"] == 2.0
 
