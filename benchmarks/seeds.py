@@ -40,7 +40,7 @@ def main(folders: list[Path]) -> None:
     lines = []
     for device, runs in sweeps.items():
         lines += [row(device, str(run["seed"]), [run]) for run in runs]
-        lines.append(row(f"**{device}**", f"**{len(runs)}: mean ± sd, the median, the most**", runs))
+        lines.append(row(f"**{device}**", f"**mean of {len(runs)} ± sd; median; maximum**", runs))
     if not any("NVIDIA" in device for device in sweeps):
         lines.append("| GPU | | see fidelity.md and gpu.md | | | | |")
     versions = {json.dumps(run["versions"]) for run in every}

@@ -1,7 +1,7 @@
 """A device that is not the CPU: every PyTorch has one, "lazy", which records operations and runs them later."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -246,21 +246,24 @@ class WhereTheImagesAre(L.Callback):
         self.found[:] = [loader.dataset.images.device.type, next(iter(loader.sampler)).device.type]
 
 
-def test_the_first_loss_that_is_not_finite_is_named_though_they_are_looked_at_later(
-    device: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def change_the_fifth_loss(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     step = MNISTClassifier.training_step
 
     def training_step(model: Any, batch: Any, batch_idx: int) -> Any:
         loss = step(model, batch, batch_idx)
-        return loss / torch.zeros_like(loss) if model.global_step == 4 else loss
+        return change(loss) if model.global_step == 4 else loss
 
     monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
+
+
+def test_the_first_loss_that_is_not_finite_is_named_though_they_are_looked_at_later(
+    device: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_the_fifth_loss(monkeypatch, lambda loss: loss / torch.zeros_like(loss))
     halved = ["optimizer=sgd", "optimizer.lr=0.8", "scheduler=step", "scheduler.step_size=1", "scheduler.gamma=0.5"]
     asked = [*halved, "scheduler.interval=step", "data.batch_size=100", "trainer.limit_train_batches=8"]
-    values = on(device, small(*asked))
     with pytest.raises(UserError, match=r"the loss is not finite at step 5 .*, at a learning rate of 0\.05:"):
-        train(tmp_path / "run", **values)
+        train(tmp_path / "run", **on(device, small(*asked)))
     assert not (tmp_path / "run" / runs.LAST).exists()
 
 
@@ -268,13 +271,7 @@ def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite_though_the_wei
     device: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In 16-mixed, such a step is left out."""
-    step = MNISTClassifier.training_step
-
-    def training_step(model: Any, batch: Any, batch_idx: int) -> Any:
-        loss = step(model, batch, batch_idx)
-        return loss + torch.full_like(loss, math.inf) if model.global_step == 4 else loss
-
-    monkeypatch.setattr(MNISTClassifier, "training_step", training_step)
+    change_the_fifth_loss(monkeypatch, lambda loss: loss + torch.full_like(loss, math.inf))
     asked = ["data.batch_size=100", "trainer.limit_train_batches=8", "checkpoint.every_n_steps=3"]
     with pytest.raises(UserError, match="the loss is not finite at step 5 "):
         train(tmp_path / "run", **on(device, small(*asked)))
